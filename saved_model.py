@@ -27,7 +27,7 @@ MAX_SHAPES = 64  # Interpreters are kept per shape of the inputs; past this many
 
 
 class ModelError(ValueError):
-    """A model that cannot be found or loaded; the message is a sentence for the user."""
+    """A model that cannot be found, loaded, or run on what it was given; the message is a sentence for the user."""
 
 
 class TensorSpec(NamedTuple):
@@ -88,9 +88,9 @@ class SavedModel:
             self.runtime = "LiteRT on the CPU" if self._lite else f"TensorFlow on the CPU: {signature['reason']}"
 
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run one batch: every input of the signature by its name. Returns every output by its name.
+        """Run one batch: every input of the signature by its name. Returns every output by its name, as an array.
 
-        Raises ValueError for inputs that do not fit the signature, or that the model itself refuses.
+        Raises ModelError for inputs that do not fit the signature, or that the model itself refuses.
         """
         shapes = tuple((name, array.shape, array.dtype.char) for name, array in inputs.items())
         idle = self._interpreters.get(shapes)
@@ -109,7 +109,10 @@ class SavedModel:
             run = idle.pop()
         except IndexError:
             run = _lite_runner(self._lite)
-        outputs = run(**inputs)
+        try:
+            outputs = run(**inputs)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"LiteRT cannot run the model on these inputs: {_reason(error)}") from error
         idle.append(run)
         return outputs
 
@@ -121,9 +124,9 @@ class SavedModel:
         return self.__dict__ | {"_function": None, "_interpreters": {}}
 
     def _check(self, inputs):
-        """Raise ValueError unless the inputs fit the signature: LiteRT would take any shape, and fail in it."""
+        """Raise ModelError unless the inputs fit the signature: LiteRT would take any shape, and fail in it."""
         if inputs.keys() != self.inputs.keys():
-            raise ValueError(f"the model takes the inputs {sorted(self.inputs)}, not {sorted(inputs)}")
+            raise ModelError(f"the model takes the inputs {sorted(self.inputs)}, not {sorted(inputs)}")
         for name, (dtype, shape) in self.inputs.items():
             given = inputs[name]
             fits = shape is None or (
@@ -131,7 +134,7 @@ class SavedModel:
                 and all(size in (None, actual) for size, actual in zip(shape, given.shape, strict=True))
             )
             if not fits or ("string" if given.dtype.kind in "OSU" else given.dtype.name) != dtype:
-                raise ValueError(f"input {name} is {dtype} {shape}, not {given.dtype.name} {given.shape}")
+                raise ModelError(f"input {name} is {dtype} {shape}, not {given.dtype.name} {given.shape}")
 
 
 class _TensorFlowFunction:
@@ -147,7 +150,7 @@ class _TensorFlowFunction:
         try:
             self._loaded = tf.saved_model.load(path)  # Kept: its variables go with it.
         except (OSError, ValueError, tf.errors.OpError) as error:
-            raise ModelError(f"cannot load the SavedModel in {path}: {error}") from error
+            raise ModelError(f"cannot load the SavedModel in {path}: {_reason(error)}") from error
         if SIGNATURE not in self._loaded.signatures:
             raise ModelError(f"the SavedModel in {path} has no signature {SIGNATURE!r}")
         self._tf, self._device = tf, device
@@ -162,9 +165,16 @@ class _TensorFlowFunction:
             with tf.device(self._device):
                 tensors = {name: tf.constant(array, self._specs[name].dtype) for name, array in inputs.items()}
                 # By keyword: called by position, a loaded signature first raises and formats an error, for 2.5 ms.
-                return {name: tensor.numpy() for name, tensor in self._signature(**tensors).items()}
-        except (KeyError, TypeError, tf.errors.OpError) as error:
-            raise ValueError(str(error)) from error
+                outputs = self._signature(**tensors)
+        except (TypeError, ValueError, tf.errors.OpError) as error:
+            raise ModelError(f"TensorFlow cannot run the model on these inputs: {_reason(error)}") from error
+        # A scalar comes as a bare value, a string's as bytes.
+        return {name: np.asarray(tensor.numpy(), tensor.dtype.as_numpy_dtype) for name, tensor in outputs.items()}
+
+
+def _reason(error):
+    """Return the line of TensorFlow's or LiteRT's message that says what is wrong; names of nodes surround it."""
+    return (str(error).partition("\n\t [[")[0].splitlines() or [type(error).__name__])[-1]
 
 
 def _tensor_specs(tensors):
