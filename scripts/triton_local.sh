@@ -79,10 +79,10 @@ try:
     given["model_repository"] or newest_version(root / "model_repository" / "mnist_model")
 except ModelError as error:
     die(error)
-print(version, Path(sys.executable).parent, folders[0], "" if given["model_repository"] else root / "model_repository", sep="\n")
+print("" if given["model_repository"] else root / "model_repository", version, Path(sys.executable).parent, folders[0], sep="\n")
 PYTHON
 )"
-{ read -r version; read -r bin; read -r library; read -r repository; } <<<"$checked"
+{ read -r repository; read -r version; read -r bin; read -r library; } <<<"$checked"
 options=(--http-address=127.0.0.1 --grpc-address=127.0.0.1 --metrics-address=127.0.0.1 --allow-gpu-metrics=false)
 [[ -z "$repository" ]] || options+=("--model-repository=$repository")
 

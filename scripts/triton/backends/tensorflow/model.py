@@ -41,15 +41,14 @@ class TritonPythonModel:
     @staticmethod
     def auto_complete_config(config):
         """Fill in what config.pbtxt leaves out: names, data types and dims from the signature, and batching."""
-        # The setters of pb_utils.ModelConfig know neither `reshape` nor `preferred_batch_size`, and what Triton reads
-        # back is this very dictionary.
+        # The setters of pb_utils.ModelConfig do not know `reshape`, and what Triton reads back is this very dictionary.
         settings = config.as_dict()
         if not _is_complete(settings):  # Loading TensorFlow takes seconds, and initialize does it again.
             model = _load(pb_utils.get_model_dir(), settings)
             _complete(settings, model)
             _check(settings, model)
         if settings["max_batch_size"] > 1 and "sequence_batching" not in settings:
-            settings.setdefault("dynamic_batching", {"preferred_batch_size": [settings["max_batch_size"]]})
+            settings.setdefault("dynamic_batching", {})  # Triton prefers batches of max_batch_size then.
         return config
 
     def initialize(self, args):
