@@ -7,6 +7,8 @@ The network and its training are those of https://keras.io/examples/vision/mnist
 
 import argparse
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,6 +28,7 @@ from saved_model import SAVED_MODEL, SIGNATURE, SavedModel, versions
 
 DATA = ROOT / "images" / "mnist.npz"
 BATCH_SIZE = 128
+UNFINISHED = ".publishing-"
 
 
 def prepare(data, train_size=None):
@@ -94,8 +97,12 @@ def publish(model, model_directory, pictures):
     Raises RuntimeError when the answers differ.
     """
     model_directory.mkdir(parents=True, exist_ok=True)
+    for leftover in model_directory.glob(f"{UNFINISHED}*"):
+        # A killed run could not remove it; publishing takes seconds, so after an hour no run is at it any more.
+        if time.time() - leftover.stat().st_mtime > 3600:
+            shutil.rmtree(leftover, ignore_errors=True)
     # On the same file system as its destination, and under a name that Triton does not take for a version.
-    with tempfile.TemporaryDirectory(prefix=".publishing-", dir=model_directory) as temporary:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=model_directory) as temporary:
         version = Path(temporary, "version")
         version.mkdir()
         export(model, version / SAVED_MODEL)
@@ -137,7 +144,15 @@ def positive(text):
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Whoever stops it, it takes its leavings along.
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("train.py: stopped before anything was published", file=sys.stderr)
+        return 130
 
+
+def run(args) -> int:
     # Prepare.
     try:
         (x_train, y_train), (x_test, y_test) = prepare(args.data, args.train_size)
