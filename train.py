@@ -106,7 +106,9 @@ def publish(model, model_directory, pictures):
         version = Path(temporary, "version")
         version.mkdir()
         export(model, version / SAVED_MODEL)
-        answers = SavedModel(version / SAVED_MODEL).predict({INPUT_NAME: pictures.astype(np.float32)})[OUTPUT_NAME]
+        answers = SavedModel(version / SAVED_MODEL, device="/CPU:0").predict({INPUT_NAME: pictures.astype(np.float32)})[
+            OUTPUT_NAME
+        ]
         if not np.allclose(answers, model.predict(pictures, verbose=0), rtol=0, atol=1e-5):
             raise RuntimeError("the exported model answers differently from the trained one: nothing was published")
         while True:
