@@ -55,6 +55,13 @@ def newest_version(model_directory) -> Path:
     return Path(model_directory) / str(numbers[-1])
 
 
+def count_gpus() -> int:
+    """Return how many GPUs TensorFlow sees; it imports TensorFlow."""
+    import tensorflow as tf
+
+    return len(tf.config.list_physical_devices("GPU"))
+
+
 class SavedModel:
     """A SavedModel, called by the names of the tensors in its signature `serving_default`.
 
