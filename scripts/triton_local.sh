@@ -32,7 +32,7 @@ command -v "$python" >/dev/null || die "no Python at $python: install Python 3.1
 # Whatever would make tritonserver fail late and in many words is said here, first and in one sentence.
 # Prints the version of Python, the folder of its program, that of its shared library, and the model repository's option.
 checked="$("$python" - "$root" "$@" <<'PYTHON'
-import argparse, importlib.util, platform, socket, sys, sysconfig
+import argparse, importlib.metadata, importlib.util, platform, socket, sys, sysconfig
 from pathlib import Path
 
 def die(sentence):
@@ -54,9 +54,12 @@ folders = [folder for folder in folders if (folder / library).exists()]
 if not folders:
     die(f"{sys.executable} lacks its shared library {library}: run 'sudo apt install libpython{version}' on Debian or "
         "Ubuntu, or use a Python built with --enable-shared")
-missing = [name for name in ("numpy", "tensorflow") if not importlib.util.find_spec(name)]
-if missing:
-    die(f"{sys.executable} has no {missing[0]}: run '{sys.executable} -m pip install -r {root}/requirements.txt'")
+install = f"run '{sys.executable} -m pip install -r {root}/requirements.txt'"
+for name in ("numpy", "tensorflow"):
+    if not importlib.util.find_spec(name):
+        die(f"{sys.executable} has no {name}: {install}")
+if importlib.metadata.version("numpy").split(".")[0] != "1":
+    die(f"{sys.executable} has NumPy 2, whose arrays this Triton garbles: {install}")
 
 options = argparse.ArgumentParser(prog="triton_local.sh", add_help=False, allow_abbrev=False)
 services = {"http": 8000, "grpc": 8001, "metrics": 8002}

@@ -31,9 +31,10 @@ def save(repository, name, function, **inputs):
     tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": signature})
 
 
-def every_type(**inputs):
-    """Reverse each row of three, whatever its dtype."""
-    return {name.replace("in_", "out_"): tf.gather(value, [2, 1, 0], axis=1) for name, value in inputs.items()}
+def every_type(weight, **inputs):
+    """Reverse each row of three, whatever its dtype, and double a number per row."""
+    rows = {name.replace("in_", "out_"): tf.gather(value, [2, 1, 0], axis=1) for name, value in inputs.items()}
+    return rows | {"doubled": 2 * weight}
 
 
 def lookup(index, text, numbers):
@@ -59,7 +60,8 @@ def double(x):
 
 
 def main(repository):
-    save(repository, "every_type", every_type, **{f"in_{name}": ([None, 3], dtype) for name, dtype in DTYPES.items()})
+    rows = {f"in_{name}": ([None, 3], dtype) for name, dtype in DTYPES.items()}
+    save(repository, "every_type", every_type, weight=([None], tf.float32), **rows)
     save(
         repository,
         "lookup",

@@ -1,10 +1,11 @@
 """The drop-in TensorFlow backend, asked over real HTTP and gRPC through the real server."""
 
 import json
+import re
+import shutil
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import ml_dtypes
 import numpy as np
 import pytest
 from tritonclient import grpc, http
@@ -57,18 +58,26 @@ def protocol(request, triton):
 
 @pytest.fixture(scope="module")
 def load(triton, triton_repository):
-    """Load a model anew with this text as its config.pbtxt, or with none; returns its completed configuration."""
+    """Load a model with this text as its config.pbtxt, or with none; returns its completed configuration."""
 
     def load(name, config=None):
-        file = triton_repository / name / "config.pbtxt"
-        file.unlink(missing_ok=True)
         if config is not None:
-            file.write_text(config)
+            (triton_repository / name / "config.pbtxt").write_text(config)
         with triton.http as client:
             client.load_model(name)
             return client.get_model_config(name)
 
     return load
+
+
+@pytest.fixture
+def load_double(load, triton, triton_repository, request):
+    """Load the model `double` with this config.pbtxt under a name of the test's own, until the test ends."""
+    name = re.sub(r"\W+", "_", request.node.name)[:100]
+    shutil.copytree(triton_repository / "double", triton_repository / name)
+    yield lambda config: load(name, config)
+    with triton.http as client:
+        client.unload_model(name)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +99,8 @@ def infer(client_module, client, model, outputs=None, **arrays):
     """Run the model on the arrays and return the outputs by name."""
     inputs = []
     for name, array in arrays.items():
-        data_type = "BF16" if array.dtype == ml_dtypes.bfloat16 else np_to_triton_dtype(array.dtype)
-        tensor = client_module.InferInput(name, array.shape, data_type)
-        inputs.append(tensor.set_data_from_numpy(array.astype(np.float32) if data_type == "BF16" else array))
+        tensor = client_module.InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
+        inputs.append(tensor.set_data_from_numpy(array))
     requested = [client_module.InferRequestedOutput(name) for name in outputs] if outputs else None
     results = client.infer(model, inputs, outputs=requested)
     response = results.get_response()
@@ -132,14 +140,14 @@ def ask_together(triton, requests):
 
 
 def test_every_data_type_there_and_back(protocol, every_type):
-    dtypes = {name: ml_dtypes.bfloat16 if name == "BF16" else triton_to_np_dtype(name) for name in ROWS}
-    arrays = {name: np.array(rows, dtypes[name]) for name, rows in ROWS.items()}
-    outputs = infer(*protocol, "every_type", **{f"in_{name}": array for name, array in arrays.items()})
+    arrays = {name: np.array(rows, triton_to_np_dtype(name)) for name, rows in ROWS.items()}
+    weight = np.array([[1], [2]], np.float32)
+    outputs = infer(*protocol, "every_type", weight=weight, **{f"in_{name}": array for name, array in arrays.items()})
+    assert (outputs.pop("doubled") == 2 * weight).all()
     assert set(outputs) == {f"out_{name}" for name in ROWS}
     for name, array in arrays.items():
-        output = outputs[f"out_{name}"]
-        assert output.dtype == (np.float32 if name == "BF16" else array.dtype), name
-        assert (output == array[:, ::-1]).all(), name
+        assert outputs[f"out_{name}"].dtype == array.dtype, name
+        assert (outputs[f"out_{name}"] == array[:, ::-1]).all(), name
 
 
 def test_without_config_everything_comes_from_the_signature(every_type):
@@ -147,8 +155,9 @@ def test_without_config_everything_comes_from_the_signature(every_type):
     assert every_type["max_batch_size"] == 4
     assert every_type["dynamic_batching"]["preferred_batch_size"] == [4]
     types = {name: "TYPE_STRING" if name == "BYTES" else f"TYPE_{name}" for name in ROWS}
-    for side, prefix in (("input", "in"), ("output", "out")):
+    for side, prefix, scalar in (("input", "in", "weight"), ("output", "out", "doubled")):
         tensors = {tensor["name"]: (tensor["data_type"], tensor["dims"]) for tensor in every_type[side]}
+        assert tensors.pop(scalar) == ("TYPE_FP32", [1])
         assert tensors == {f"{prefix}_{name}": (data_type, [3]) for name, data_type in types.items()}
 
 
@@ -163,20 +172,20 @@ def test_unbatched_model_with_scalars_from_an_empty_config(protocol, scale):
 
 
 @pytest.mark.parametrize("line", ['platform: "tensorflow_savedmodel"', 'backend: "tensorflow"'])
-def test_one_line_of_config_is_enough(triton, load, line):
-    config = load("double", line)
+def test_one_line_of_config_is_enough(triton, load_double, line):
+    config = load_double(line)
     assert [(t["name"], t["data_type"], t["dims"]) for t in config["input"]] == [("x", "TYPE_FP32", [2])]
     with triton.grpc as client:
-        outputs = infer(grpc, client, "double", x=np.array([[1, 2]], np.float32))
+        outputs = infer(grpc, client, config["name"], x=np.array([[1, 2]], np.float32))
     assert outputs["y"].tolist() == [[2, 4]]
 
 
-def test_dims_that_count_the_batch_leave_the_model_unbatched(triton, load):
-    config = load("double", 'input { name: "x" data_type: TYPE_FP32 dims: [-1, 2] }')
+def test_dims_that_count_the_batch_leave_the_model_unbatched(triton, load_double):
+    config = load_double('input { name: "x" data_type: TYPE_FP32 dims: [-1, 2] }')
     assert config["max_batch_size"] == 0
     assert config["output"][0]["dims"] == [-1, 2]
     with triton.grpc as client:
-        assert infer(grpc, client, "double", x=np.ones((9, 2), np.float32))["y"].tolist() == [[2, 2]] * 9
+        assert infer(grpc, client, config["name"], x=np.ones((9, 2), np.float32))["y"].tolist() == [[2, 2]] * 9
 
 
 @pytest.mark.parametrize(
@@ -190,10 +199,10 @@ def test_dims_that_count_the_batch_leave_the_model_unbatched(triton, load):
         ),
     ],
 )
-def test_config_that_contradicts_the_signature_is_refused(load, given, sentence):
+def test_config_that_contradicts_the_signature_is_refused(load_double, given, sentence):
     values = {"input": "x", "data_type": "TYPE_FP32", "size": 2, "output": "y"} | given
     with pytest.raises(InferenceServerException) as refusal:
-        load("double", DOUBLE.format(**values))
+        load_double(DOUBLE.format(**values))
     assert sentence in str(refusal.value)
 
 

@@ -57,15 +57,8 @@ class TritonPythonModel:
         self._model = _load(Path(args["model_repository"], args["model_version"]), config)
         _check(config, self._model)
         self._batched = config["max_batch_size"] > 0
-        # bfloat16 is the one dtype that NumPy lacks, so the one that pb_utils does not turn into an array.
-        self._to_array = {
-            name: _bfloat16_array if spec.dtype == "bfloat16" else pb_utils.Tensor.as_numpy
-            for name, spec in self._model.inputs.items()
-        }
-        self._to_tensor = {
-            name: _bfloat16_tensor if spec.dtype == "bfloat16" else pb_utils.Tensor
-            for name, spec in self._model.outputs.items()
-        }
+        self._to_array = {name: _reader(spec) for name, spec in self._model.inputs.items()}
+        self._to_tensor = {name: _writer(spec) for name, spec in self._model.outputs.items()}
 
     def execute(self, requests):
         """Answer every request: in one run where they can be joined, each alone where not or where that run fails."""
@@ -152,9 +145,11 @@ def _complete_tensor(title, tensor, spec, batched):
             raise pb_utils.TritonModelException(
                 f"{title}: the SavedModel leaves its rank open, so config.pbtxt must give its dims"
             )
-        dims = [-1 if size is None else size for size in spec.shape[batched:]]
-        # Triton has no empty dims: a scalar travels as one element.
-        tensor |= {"dims": dims} if dims else {"dims": [1], "reshape": {"shape": []}}
+        # Triton has no empty dims: a scalar travels as one element. Reshaped by Triton where the batch leaves it a
+        # dimension, by _reader and _writer where it does not.
+        tensor["dims"] = _sizes(spec.shape[batched:]) or [1]
+        if batched and len(spec.shape) == 1:
+            tensor["reshape"] = {"shape": []}
 
 
 def _check(config, model):
@@ -171,7 +166,7 @@ def _check(config, model):
             title, spec = f"{side} '{tensor['name']}'", specs[tensor["name"]]
             expected_type, given_type = _data_type(title, spec), tensor["data_type"]
             given = batch + _dims(tensor)
-            expected = given if spec.shape is None else [-1 if size is None else size for size in spec.shape]
+            expected = given if spec.shape is None else _sizes(spec.shape) or [1]
             fits = len(expected) == len(given) and all(e in (-1, g) for e, g in zip(expected, given, strict=True))
             if not fits or expected_type != given_type:
                 raise pb_utils.TritonModelException(
@@ -193,8 +188,26 @@ def _data_type(title, spec):
     return DATA_TYPES[spec.dtype]
 
 
+def _sizes(shape):
+    """Return a signature's shape as Triton writes it."""
+    return [-1 if size is None else size for size in shape]
+
+
 def _quoted(names):
     return ", ".join(f"'{name}'" for name in names)
+
+
+def _reader(spec):
+    """Return the function that turns a request's tensor into the array that the model reads."""
+    # bfloat16 is the one dtype that NumPy lacks, so the one that pb_utils cannot turn into an array.
+    read = _bfloat16_array if spec.dtype == "bfloat16" else pb_utils.Tensor.as_numpy
+    return read if spec.shape != () else lambda tensor: read(tensor).reshape(())
+
+
+def _writer(spec):
+    """Return the function that turns a name and the model's array into a response's tensor."""
+    write = _bfloat16_tensor if spec.dtype == "bfloat16" else pb_utils.Tensor
+    return write if spec.shape != () else lambda name, array: write(name, array.reshape(1))
 
 
 def _bfloat16_array(tensor):
