@@ -356,13 +356,14 @@ def test_pulls_an_image_once(docker):
 
 
 def detached(machine, logs, curl):
-    machine.add("docker", {"container inspect*": "exit 1", "logs *": logs})
+    answers = {"logs --follow *": logs, "logs *": f"cat '{machine.folder}/log.txt'"}
+    machine.add("docker", {"container inspect*": "exit 1"} | answers)
     machine.add("curl", {"*": curl})
     (machine.folder / "log.txt").write_text(LOG)
 
 
 def test_detach_returns_when_ready_with_the_table_of_models(docker):
-    detached(docker, f"cat '{docker.folder}/log.txt'; exec sleep 60", "exit 0")
+    detached(docker, "exec sleep 60", "exit 0")
     result = docker.serve("cpu", "--detach")
     assert (result.returncode, result.stdout) == (0, TABLE), result.stderr
     assert docker.calls("curl")[-1][-1] == f"http://{OTHER_HOST}:{TRITON_HTTP_PORT}/v2/health/ready"

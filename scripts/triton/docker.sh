@@ -50,7 +50,7 @@ check_docker() {
     case "$message" in
       *"permission denied"*)
         die "you may not use Docker: run 'sudo usermod -aG docker $(id -un)' and log in again, or run this with sudo" ;;
-      *"Cannot connect"* | *"daemon running"*)
+      *"Cannot connect"* | *"daemon is running"*)
         die "the Docker daemon does not run: start it with 'sudo systemctl start docker', or start Docker Desktop" ;;
       *) die "docker version fails: ${message%%$'\n'*}" ;;
     esac
@@ -147,7 +147,7 @@ run_detached() {
   docker logs --follow "$name" >"$log" 2>&1 &
   follower=$!
   local end=$((SECONDS + ready_seconds))
-  until curl --silent --fail --output /dev/null "http://$address:${ports[0]}/v2/health/ready"; do
+  until curl --silent --fail --noproxy '*' --output /dev/null "http://$address:${ports[0]}/v2/health/ready"; do
     if ! kill -0 "$follower" 2>/dev/null; then
       cat "$log" >&2
       die "Triton ended before the models were READY: its log stands above"
@@ -159,7 +159,8 @@ run_detached() {
   done
   started=""
   # Triton prints several tables; this one lists the models.
-  awk '/^\+/ { border = $0 } /^\| Model / { print border; found = 1 } found { if (!/^[+|]/) exit; print }' "$log"
+  docker logs "$name" 2>&1 |
+    awk '/^[+]/ { border = $0 } /^[|] Model / { print border; found = 1 } !/^[+|]/ { found = 0 } found'
 }
 
 finish() {
