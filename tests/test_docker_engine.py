@@ -38,12 +38,12 @@ def image(request):
         label = docker("image", "inspect", "--format", '{{index .Config.Labels "mnist.stand-in"}}', name)
         replaceable = label.returncode != 0 or label.stdout == "yes\n"
         require(replaceable, f"the image {name} is here already, and these tests would put a stand-in in its place")
-    request.getfixturevalue("triton")  # It has fetched the wheel.
-    [wheel] = (ROOT / ".triton").glob("nvidia-pytriton-*")
-    stand_in = subprocess.run(
-        [ROOT / "tests" / "stand_in_image.sh", NVIDIA_IMAGE, wheel], capture_output=True, text=True
-    )
-    assert stand_in.returncode == 0, stand_in.stdout + stand_in.stderr
+    if docker("image", "inspect", NVIDIA_IMAGE).returncode != 0:
+        request.getfixturevalue("triton")  # It has fetched the wheel.
+        [wheel] = (ROOT / ".triton").glob("nvidia-pytriton-*")
+        command = [ROOT / "tests" / "stand_in_image.sh", NVIDIA_IMAGE, wheel]
+        stand_in = subprocess.run(command, capture_output=True, text=True)
+        assert stand_in.returncode == 0, stand_in.stdout + stand_in.stderr
     yield IMAGE
     docker("stop", CONTAINER)
     docker("image", "rm", IMAGE, NVIDIA_IMAGE)
@@ -108,9 +108,8 @@ class TestDetached:
         status = docker("exec", CONTAINER, "cat", "/proc/1/status").stdout
         assert status.startswith("Name:\ttritonserver\n")
         assert re.search(r"^Uid:\t1000\t1000\t1000\t1000$", status, re.MULTILINE)
-        assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE) and re.search(
-            r"^NoNewPrivs:\t1$", status, re.MULTILINE
-        )
+        assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
+        assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
 
     def test_repository_is_read_only(self, container):
         result = docker("exec", "--user=root", CONTAINER, "touch", f"/models/{MODEL_NAME}/config.pbtxt")
@@ -148,7 +147,7 @@ def test_model_that_does_not_load(image, tmp_path):
 def test_interrupt_stops_it(image, repository, tmp_path):
     with (tmp_path / "log.txt").open("wb") as log:
         process = subprocess.Popen([SCRIPT, "--model-repository", repository], stdout=log, stderr=log)
-    wait_until(lambda: is_ready(HOST), process)
+    wait_until(lambda: is_there() and is_ready(HOST), process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
     assert re.search(READY, (tmp_path / "log.txt").read_text())
@@ -162,7 +161,7 @@ def test_ctrl_c_on_a_terminal_stops_it(image, repository):
     printed = []
     reader = threading.Thread(target=read_all, args=(controller, printed))
     reader.start()
-    wait_until(lambda: is_ready(HOST), process)
+    wait_until(lambda: is_there() and is_ready(HOST), process)
     os.write(controller, b"\x03")
     assert process.wait(60) == 0
     reader.join(10)

@@ -226,6 +226,7 @@ if [[ -z "$dry_run" ]]; then
   pull
   [[ "${#build_command[@]}" == 0 ]] || build
   probe
+  check_free # Once more: to pull and to build takes minutes the first time.
 fi
 
 run_command=(docker run --rm "--name=$name")
