@@ -1,8 +1,8 @@
 """Turn any picture of a digit into what the model reads, and name what both servers share.
 
-    from mnist_preprocess import open_image, preprocess
+from mnist_preprocess import open_image, preprocess
 
-    pixels = preprocess(open_image("images/sample_image.png"))  # (28, 28, 1) float32, 0 to 255, white on black
+pixels = preprocess(open_image("images/sample_image.png"))  # (28, 28, 1) float32, 0 to 255, white on black
 """
 
 from pathlib import Path
@@ -29,6 +29,10 @@ TRITON_METRICS_PORT = 8002
 
 class ImageError(ValueError):
     """A picture that cannot be read, or that shows no digit; the message is a sentence for the user."""
+
+
+class NoDigitError(ImageError):
+    """A picture that was read and shows nothing that could be a digit."""
 
 
 def open_image(file) -> Image.Image:

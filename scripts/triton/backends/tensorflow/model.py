@@ -74,8 +74,8 @@ class TritonPythonModel:
         batches = [self._inputs(request) for request in requests]
         sizes = [len(next(iter(batch.values()))) for batch in batches]
         outputs = self._model.predict({name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
-        if any(len(array) != sum(sizes) for array in outputs.values()):
-            raise ValueError("an output is not one row per row of the inputs, so it cannot be split")
+        if any(array.shape[:1] != (sum(sizes),) for array in outputs.values()):
+            raise ValueError("an output has not one row per row of the inputs, so it cannot be split")
         ends = np.cumsum(sizes).tolist()
         return [
             self._response(request, {name: array[end - size : end] for name, array in outputs.items()})
