@@ -169,7 +169,7 @@ finish() {
   rm -f "$log"
 }
 
-device="$1"
+device="${1:?run scripts/triton_cpu.sh or scripts/triton_gpu.sh}"
 tag="${TRITON_TAG:-26.09}"
 repository="$root/model_repository"
 listen=127.0.0.1
