@@ -86,6 +86,9 @@ def container(image, repository, tmp_path_factory):
     assert result.returncode == 0, result.stderr
     yield result.stdout
     assert docker("stop", CONTAINER).returncode == 0
+    deadline = time.monotonic() + 10  # Docker removes a container a moment after it has ended.
+    while is_there() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not is_there()
 
 

@@ -77,8 +77,22 @@ check_repository() {
   [[ -z "$closed" ]] || die "Triton's user may not read ${closed%%$'\n'*}: run 'chmod -R a+rX $repository'"
 }
 
+# Print whether the container runs, true or false; nothing where there is none.
+is_running() {
+  docker container inspect --format '{{.State.Running}}' "$name" 2>/dev/null || true
+}
+
+# Docker removes a container a moment after it has ended.
+await_removal() {
+  local tries=20
+  while [[ "$(is_running)" == false ]] && ((tries--)); do
+    sleep 0.2
+  done
+}
+
 check_free() {
-  case "$(docker container inspect --format '{{.State.Running}}' "$name" 2>/dev/null || true)" in
+  await_removal
+  case "$(is_running)" in
     true) die "the container $name is already running: run 'docker stop $name' first" ;;
     false) die "a stopped container is named $name: run 'docker rm $name' first" ;;
   esac
@@ -165,7 +179,10 @@ run_detached() {
 
 finish() {
   [[ -z "$follower" ]] || kill "$follower" 2>/dev/null || true
-  [[ -z "$started" ]] || docker stop "$name" >/dev/null 2>&1 || true
+  if [[ -n "$started" ]]; then
+    docker stop "$name" >/dev/null 2>&1 || true
+    await_removal
+  fi
   rm -f "$log"
 }
 
