@@ -68,7 +68,7 @@ def preprocess(image: Image.Image) -> np.ndarray:
     pixels = _upright_pixels(image)
     if (exact := _already_mnist(pixels)) is not None:
         return exact
-    ink = _ink(pixels)
+    ink = _ink(*_page(pixels))
     ink, mask = _digit(ink)
     return _as_mnist(ink, mask)
 
@@ -113,14 +113,20 @@ def _composed(colours, alpha):
         return colours
     if not opaque.any():
         raise NoDigitError("transparent")
-    rows, columns = np.flatnonzero(opaque.any(1)), np.flatnonzero(opaque.any(0))
-    share = opaque.sum() / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
-    inside = colours[opaque].astype(np.float32)
-    if share < 0.6 or inside.std(axis=0).max() < 16:
+    paper = np.median(colours[opaque], axis=0)
+    drawn = opaque & (np.abs(colours - paper).max(axis=-1) > 48)
+    drawn = drawn[1:, 1:] & drawn[:-1, 1:] & drawn[1:, :-1] & drawn[:-1, :-1]
+    if drawn.sum() < 0.003 * opaque.sum() or opaque.sum() < 0.9 * _filled(opaque).sum():
         return 255 - alpha[..., None]
-    paper = np.median(inside, axis=0)
     a = alpha[..., None] / np.float32(255)
     return np.uint8(paper + (colours - paper) * a)
+
+
+def _filled(mask):
+    """every pixel that has mask pixels on both sides, in its row and in its column"""
+    ahead = np.logical_or.accumulate
+    rows = ahead(mask, 1) & ahead(mask[:, ::-1], 1)[:, ::-1]
+    return rows & ahead(mask, 0) & ahead(mask[::-1], 0)[::-1]
 
 
 def _already_mnist(pixels):
@@ -139,84 +145,204 @@ def _already_mnist(pixels):
     return None
 
 
-def _ink(pixels):
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+def _projected(colours):
+    """along the colour axis of the largest variation from 0"""
+    if colours.shape[2] == 1:
+        return colours[..., 0]
+    flat = colours.reshape(-1, colours.shape[2])
+    return colours @ np.linalg.eigh(flat.T @ flat)[1][:, -1]
+
+
+def _otsu(values):
+    """Otsu: threshold, and the share of variance that it explains"""
+    count, edges = np.histogram(values, 64)
+    p = count / count.sum()
+    centre = (edges[1:] + edges[:-1]) / 2
+    weight, mass = np.cumsum(p), np.cumsum(p * centre)
+    mean = mass[-1]
+    between = (mean * weight - mass)[:-1] ** 2 / np.maximum(weight * (1 - weight), 1e-9)[:-1]
+    best = int(between.argmax())
+    return edges[best + 1], between[best] / max((centre - mean) ** 2 @ p, 1e-9)
+
+
+def _image(pixels):
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _page(pixels):
+    """Cut to the page that the digit is on: a table around, a frame, a window"""
+    everywhere = np.ones(pixels.shape[:2], bool)
+    factor = -(-max(pixels.shape[:2]) // 128)
+    image = _image(pixels).reduce(factor)
+    small = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
+    value = _projected(small - small.mean(axis=(0, 1)))
+    split = _otsu(value)[0]
+    best, page = 0, None
+    for side in (value > split, value <= split):
+        parts = _Components(side, diagonal=False)
+        region = parts.mask(np.arange(parts.count) == parts.area.argmax())
+        hull = _filled(region)
+        if not 0.2 * hull.size < hull.sum() < 0.97 * hull.size or region.sum() < 0.5 * hull.sum():
+            continue
+        rest = _Components(~region)
+        outside = np.bincount(rest.label, rest.sums(~hull), rest.count) > 0
+        outside |= (rest.top == 0) | (rest.left == 0) | (rest.bottom == hull.shape[0]) | (rest.right == hull.shape[1])
+        hole = np.where(outside, 0, rest.area)
+        largest = hole.argmax()
+        if hole[largest] > best and rest.size[largest] > 0.08 * min(hull.shape):
+            best, page = hole[largest], hull
+    if page is None:
+        return pixels, everywhere
+    rows, columns = np.flatnonzero(page.any(1)), np.flatnonzero(page.any(0))
+    t, b, l, r = rows[0] * factor, (rows[-1] + 1) * factor, columns[0] * factor, (columns[-1] + 1) * factor
+    page = np.pad(page, 1)
+    page = page[1:-1, 1:-1] & page[:-2, 1:-1] & page[2:, 1:-1] & page[1:-1, :-2] & page[1:-1, 2:]
+    inside = page.repeat(factor, 0).repeat(factor, 1)[: pixels.shape[0], : pixels.shape[1]]
+    pixels = np.where(inside[..., None], pixels, np.uint8(np.median(pixels[inside], axis=0)))
+    return pixels[t:b, l:r], inside[t:b, l:r]
+
+
+def _ink(pixels, inside):
+    image = _image(pixels)
     scale = 24 / max(image.size)
     grid = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BOX)
     paper = grid.filter(ImageFilter.MedianFilter(15)).resize(image.size, Image.Resampling.BICUBIC)
-    d = pixels.astype(np.float32) - np.asarray(paper, np.float32).reshape(pixels.shape)
-    if d.shape[2] == 3:
-        flat = d.reshape(-1, 3)
-        axis = np.linalg.eigh(flat.T @ flat)[1][:, -1]
-        d = d @ axis
-    else:
-        d = d[..., 0]
-    if (d**3).sum() < 0:
-        d = -d
-    return d
+    local = _positive(_projected(pixels - np.asarray(paper, np.float32).reshape(pixels.shape)))
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    even = _positive(_projected(pixels - np.median(rim, axis=0).astype(np.float32)))
+    (t_l, e_l), (t_e, e_e) = _otsu(local), _otsu(even)
+    if e_e > e_l and (even > t_e).sum() < 2.5 * (local > t_l).sum():
+        local = even
+    return np.where(inside, local, 0)
 
 
-def _box(a, r):
-    return np.asarray(Image.fromarray(a).filter(ImageFilter.BoxBlur(r)))
+def _positive(d):
+    return -d if (d**3).sum() < 0 else d
 
 
-def _digit(ink):
+def _threshold(ink):
     sigma = 1.48 * np.median(np.abs(ink))
-    t = max(3 * sigma, 8)
+    t = floor = max(3 * sigma, 8)
     for _ in range(6):
         strong = ink[ink > t]
         if strong.size == 0:
             raise NoDigitError("no ink")
         level = (strong**2).sum() / strong.sum()
-        t = max(3 * sigma, 8, 0.45 * level)
-    mask = ink > t
-    keep = _main(mask)
+        t = max(floor, 0.45 * level)
+    return t, level
+
+
+def _digit(ink):
+    t, level = _threshold(ink)
+    lines = _lines(ink > t)
+    if lines.any():
+        ink = np.where(lines, 0, ink)
+        t, level = _threshold(ink)
+    keep = _main(ink > t)
     return np.clip(ink / level, 0, 1), keep
 
 
-def _runs(mask):
-    h, w = mask.shape
-    padded = np.zeros((h, w + 2), np.int8)
-    padded[:, 1:-1] = mask
-    edges = np.diff(padded.ravel())
-    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)  # start (in padded coordinates, minus 1), end
+def _lines(mask):
+    return _rules(mask) | _rules(mask.T).T
 
 
-def _components(mask):
-    """labels of runs"""
-    stride = mask.shape[1] + 2
-    start, end = _runs(mask)
-    first = np.searchsorted(end, start + stride)   # runs in the next row that end at or after our start: 8-connected
-    last = np.searchsorted(start, end + stride, "right")
-    count = np.maximum(last - first, 0)
-    a = np.repeat(np.arange(len(start)), count)
-    b = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
-    label = np.arange(len(start))
-    while True:
-        low = np.minimum(label[a], label[b])
-        new = label.copy()
-        np.minimum.at(new, label[a], low)
-        np.minimum.at(new, label[b], low)
-        new = new[new]
-        if (new == label).all():
-            break
-        label = new
-    return start, end, np.unique(label, return_inverse=True)[1]
+def _rules(mask):
+    """lines that run from side to side"""
+    height, width = mask.shape
+    none = np.zeros_like(mask)
+    tall = mask.sum(1).max()
+    if tall < 0.3 * width:
+        return none
+    thick = max(3, width // 80)
+    runs = _Components(mask.T)
+    thin = runs.runs_mask(runs.end - runs.start <= thick).T
+    parts = _Components(thin)
+    long = np.flatnonzero((parts.right - parts.left > 0.12 * width) & (parts.bottom - parts.top < 0.3 * (parts.right - parts.left)))
+    if not long.size:
+        return none
+    y, x = np.nonzero(thin)
+    member = parts.labels()[y, x]
+    lines = none
+    done = np.zeros(parts.count, bool)
+    for part in long:
+        if done[part]:
+            continue
+        mine = member == part
+        slope, offset = np.polyfit(x[mine], y[mine], 1)
+        near = np.abs(y - slope * x - offset) <= thick * 0.75 + 0.5
+        covered = np.bincount(x[near], minlength=width) > 0
+        if covered.mean() > 0.5 and covered[: width // 8].mean() > 0.4 and covered[-(width // 8) :].mean() > 0.4:
+            lines[y[near], x[near]] = True
+            done[np.unique(member[near])] = True
+    return lines
+
+
+class _Components:
+    """connected components by runs"""
+
+    def __init__(self, mask, diagonal=True):
+        self.shape = mask.shape
+        self.stride = stride = mask.shape[1] + 2
+        padded = np.zeros((mask.shape[0], stride), np.int8)
+        padded[:, 1:-1] = mask
+        edges = np.diff(padded.ravel())
+        self.start, self.end = start, end = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        first = np.searchsorted(end, start + stride, "left" if diagonal else "right")
+        last = np.searchsorted(start, end + stride, "right" if diagonal else "left")
+        count = np.maximum(last - first, 0)
+        a = np.repeat(np.arange(len(start)), count)
+        b = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+        label = np.arange(len(start))
+        while True:
+            low = np.minimum(label[a], label[b])
+            new = label.copy()
+            np.minimum.at(new, label[a], low)
+            np.minimum.at(new, label[b], low)
+            new = new[new]
+            if (new == label).all():
+                break
+            label = new
+        names, self.label = np.unique(label, return_inverse=True)
+        self.count = n = len(names)
+        row, left = start // stride, start % stride
+        self.area = np.bincount(self.label, end - start, n)
+        self.top = np.full(n, 10**9)
+        self.left = np.full(n, 10**9)
+        self.bottom, self.right = np.zeros(n, int), np.zeros(n, int)
+        np.minimum.at(self.top, self.label, row)
+        np.maximum.at(self.bottom, self.label, row + 1)
+        np.minimum.at(self.left, self.label, left)
+        np.maximum.at(self.right, self.label, left + end - start)
+        self.size = np.maximum(self.bottom - self.top, self.right - self.left)
+
+    def runs_mask(self, kept, value=1):
+        flat = np.zeros(self.shape[0] * self.stride + 1, np.int32)
+        value = np.broadcast_to(value, kept.shape)
+        flat[self.start[kept]] += value[kept]
+        flat[self.end[kept]] -= value[kept]
+        return np.cumsum(flat[:-1]).reshape(-1, self.stride)[:, :-2].astype(bool if value.max(initial=1) == 1 else int)
+
+    def mask(self, kept):
+        return self.runs_mask(kept[self.label])
+
+    def labels(self):
+        return self.runs_mask(np.ones(len(self.start), bool), self.label + 1).astype(int) - 1
+
+    def sums(self, values):
+        """sum of values (a mask) over each run"""
+        padded = np.zeros((self.shape[0], self.stride), int)
+        padded[:, 1:-1] = values
+        total = np.cumsum(padded.ravel())
+        return total[self.end] - total[self.start]
 
 
 def _main(mask):
-    stride = mask.shape[1] + 2
-    start, end, label = _components(mask)
-    n = label.max() + 1
-    row = start // stride
-    area = np.bincount(label, end - start, n)
-    top = np.full(n, 10**9); np.minimum.at(top, label, row)
-    bottom = np.zeros(n, int); np.maximum.at(bottom, label, row + 1)
-    left = np.full(n, 10**9); np.minimum.at(left, label, start % stride)
-    right = np.zeros(n, int); np.maximum.at(right, label, start % stride + end - start)
-    size = np.maximum(bottom - top, right - left)
-    main = int(np.argmax(area))
-    group = np.zeros(n, bool); group[main] = True
+    c = _Components(mask)
+    top, bottom, left, right, area, size, n = c.top, c.bottom, c.left, c.right, c.area, c.size, c.count
+    touching = (top == 0) | (left == 0) | (bottom == mask.shape[0]) | (right == mask.shape[1])
+    main = int(np.argmax(np.where(touching, 0.3, 1) * area))
+    group = np.zeros(n, bool)
+    group[main] = True
     box = [top[main], left[main], bottom[main], right[main]]
     while True:
         extent = max(box[2] - box[0], box[3] - box[1])
@@ -226,11 +352,7 @@ def _main(mask):
             break
         group |= more
         box = [top[group].min(), left[group].min(), bottom[group].max(), right[group].max()]
-    flat = np.zeros(mask.shape[0] * stride + 1, np.int8)
-    kept = group[label]
-    flat[start[kept]] += 1
-    flat[end[kept]] -= 1
-    return np.cumsum(flat[:-1]).reshape(-1, stride)[:, :-2].astype(bool)
+    return c.mask(group)
 
 
 def _as_mnist(ink, mask):
