@@ -279,8 +279,10 @@ def thinned(shape: np.ndarray) -> np.ndarray:
     while changed:
         changed = False
         for first in (True, False):
-            ring = [np.roll(shape, shift, (0, 1)) for shift in
-                    ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))]  # Clockwise from north.
+            ring = [
+                np.roll(shape, shift, (0, 1))
+                for shift in ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))
+            ]  # Clockwise from north.
             count = np.sum(ring, axis=0)
             turns = np.sum([~ring[i] & ring[(i + 1) % 8] for i in range(8)], axis=0)
             north, east, south, west = ring[0], ring[2], ring[4], ring[6]
