@@ -30,7 +30,7 @@ TRITON_GRPC_PORT = 8001
 TRITON_METRICS_PORT = 8002
 
 # What people upload. A decoder that nobody needs is only a way in for broken files.
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 80_000_000  # Below the number from which Pillow itself warns of decompression bombs.
 WORK_SIDE = 512  # Larger pictures are reduced to at most this side; a digit 1/20 as high still has 13 to 26 pixels.
 PAPER_GRID = 24  # Cells along the longer side of the grid on which the paper's brightness is estimated.
@@ -131,22 +131,36 @@ def orientation_of(image: Image.Image) -> int:
 
 def reduced(image: Image.Image) -> Image.Image:
     """Return the picture as L, LA, RGB, RGBA, I, F or I;16, its sides divided so that it is at most WORK_SIDE."""
-    if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    elif image.mode in ("L", "RGB") and "transparency" in image.info:
-        image = image.convert(image.mode + "A")
-    elif image.mode.startswith("I;16"):
-        image = image if image.mode == "I;16" else image.convert("I")
-    elif image.mode not in ("L", "LA", "RGB", "RGBA", "I", "F"):
-        image = image.convert({"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
     factor = -(-max(image.size) // WORK_SIDE)
     if factor == 1:
+        return plain(image)
+    width, height = (-(-side // factor) for side in image.size)
+    rows = factor * 64  # In strips, because what plain() makes of a large picture may be four times as large.
+    strips = []
+    for top in range(0, image.height, rows):
+        strip = plain(image.crop((0, top, image.width, min(top + rows, image.height))))
+        if strip.mode == "I;16":  # reduce() does not know it.
+            strip = strip.resize((width, -(-strip.height // factor)), Image.Resampling.BOX)
+        elif strip.mode in ("LA", "RGBA"):  # With alpha multiplied in, the colour of what is invisible does not leak.
+            strip = strip.convert(strip.mode[:-1] + "a").reduce(factor).convert(strip.mode)
+        else:
+            strip = strip.reduce(factor)
+        strips.append(strip)
+    whole = Image.new(strips[0].mode, (width, height))
+    for index, strip in enumerate(strips):
+        whole.paste(strip, (0, 64 * index))
+    return whole
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """Return the picture in one of the modes L, LA, RGB, RGBA, I, F and I;16."""
+    if "transparency" in image.info and image.mode in ("L", "RGB", "P"):
+        return image.convert("LA" if image.mode == "L" else "RGBA")
+    if image.mode in ("L", "LA", "RGB", "RGBA", "I", "F", "I;16"):
         return image
-    if image.mode == "I;16":  # reduce() does not know it.
-        return image.resize([-(-side // factor) for side in image.size], Image.Resampling.BOX)
-    if image.mode in ("LA", "RGBA"):  # With alpha multiplied in, the colour of what is invisible does not leak.
-        return image.convert(image.mode[:-1] + "a").reduce(factor).convert(image.mode)
-    return image.reduce(factor)
+    if image.mode.startswith("I;16"):
+        return image.convert("I")
+    return image.convert({"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
@@ -207,9 +221,12 @@ def page(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     small = as_image(pixels).reduce(factor)
     small = np.asarray(small, np.float32).reshape(small.height, small.width, -1)
     value = (small - small.mean(axis=(0, 1))) @ main_axis(small - small.mean(axis=(0, 1)))
-    middle = otsu(value)[0]
+    middle, separation = otsu(value)
+    splits = [middle]
+    if separation < 0.95:  # More than two kinds of brightness: table, page and ink.
+        splits += [otsu(value[value > middle])[0], otsu(value[value <= middle])[0]]
     largest, found = 0, None
-    for split in (middle, otsu(value[value > middle])[0], otsu(value[value <= middle])[0]):
+    for split in splits:
         for side in (value > split, value <= split):
             hull, content = page_in(value, side)
             if content > largest:
@@ -219,7 +236,7 @@ def page(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = np.flatnonzero(found.any(1)) * factor, np.flatnonzero(found.any(0)) * factor
     cut = slice(rows[0], rows[-1] + factor), slice(columns[0], columns[-1] + factor)
     # The outermost cells are blurred with what surrounds the page.
-    found = np.asarray(Image.fromarray(np.uint8(found) * 255).filter(ImageFilter.MinFilter(3))) > 0
+    found = np.asarray(Image.fromarray(np.uint8(found) * 255).filter(ImageFilter.BoxBlur(1))) == 255
     inside = found.repeat(factor, 0).repeat(factor, 1)[: pixels.shape[0], : pixels.shape[1]]
     paper = np.uint8(np.median(pixels[inside], axis=0))
     return np.where(inside[..., None], pixels, paper)[cut], inside[cut]
@@ -227,6 +244,8 @@ def page(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def page_in(value: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the largest region of `side`, its bays filled, and how large the largest thing in it is; 0 for no page."""
+    if side.sum() < 0.2 * side.size:
+        return side, 0
     regions = Parts(side, diagonal=False)
     region = regions.labels == regions.largest()
     hull = filled(region)
@@ -237,7 +256,8 @@ def page_in(value: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, int]:
     outside = np.bincount(others.labels[~hull], minlength=len(others.area)) > 0
     holes = np.where(outside | others.touch_edge, 0, others.area)
     content = holes.argmax()
-    if holes[content] == 0 or others.side[content] < 0.08 * min(hull.shape):
+    bays = hull.sum() - region.sum() - holes.sum()  # What crosses the border would be cut off.
+    if holes[content] == 0 or others.side[content] < 0.08 * min(hull.shape) or bays > 0.01 * hull.sum():
         return hull, 0
     # The page ends at once, unlike light that fades.
     contrast = abs(np.median(value[region]) - np.median(value[others.labels == content]))
@@ -327,22 +347,26 @@ def otsu(values: np.ndarray) -> tuple[float, float]:
 
 def ink_level(ink: np.ndarray) -> tuple[float, float]:
     """Return the typical strength of the ink and the threshold above which a pixel is ink, not noise."""
-    noise = 1.48 * float(np.median(np.abs(ink)))  # Half of the picture or more is paper.
-    least = max(3 * noise, 8.0)
-    threshold, level = least, 0.0
+    least = threshold = faintest(ink)
+    strong = ink[ink > threshold]
     for _ in range(6):
-        strong = ink[ink > threshold]
         if not strong.size:
             raise NoDigitError("no digit to be seen: the picture shows no ink that differs from its paper")
         level = float(strong @ strong / strong.sum())
         threshold = max(least, 0.45 * level)
+        strong = strong[strong > threshold]
     return level, threshold
+
+
+def faintest(ink: np.ndarray) -> float:
+    """Return three standard deviations of the noise, and not less than 8 gray levels."""
+    return max(4.4 * float(np.median(np.abs(ink[::2, ::2]))), 8.0)  # Half of the picture or more is paper.
 
 
 def without_ruled_lines(ink: np.ndarray) -> np.ndarray:
     """Return the ink without lines that run from one side of the page to the other."""
     threshold = ink_level(ink)[1]
-    mask = ink > max(threshold / 2, 8.0, 4.4 * float(np.median(np.abs(ink))))
+    mask = ink > max(threshold / 2, faintest(ink))  # Faint lines too: what is left of them would join the digit.
     across = ruled_lines(mask)
     down = ruled_lines((mask & ~across).T).T
     return np.where(across | down, 0, ink)
@@ -408,8 +432,9 @@ def size_normalised(ink: np.ndarray, digit: np.ndarray) -> np.ndarray:
     """Return (28, 28) float32: the digit fitted into 20x20, its centre of mass in the middle."""
     rows, columns = np.flatnonzero(digit.any(1)), np.flatnonzero(digit.any(0))
     cut = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    soft_edge = np.asarray(Image.fromarray(np.uint8(digit) * 255).filter(ImageFilter.MaxFilter(3))) > 0
-    ink = thick_enough(np.where(soft_edge, ink, 0)[cut], digit[cut])
+    digit, ink = digit[cut], ink[cut]
+    soft_edge = np.asarray(Image.fromarray(np.uint8(digit) * 255).filter(ImageFilter.BoxBlur(1))) > 0
+    ink = thick_enough(np.where(soft_edge, ink, 0), digit)
     # Drawn with sharp edges at four times the size, as NIST's digits were black and white, then averaged.
     height, width = ink.shape
     scale = 80 / max(height, width)
