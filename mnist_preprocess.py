@@ -308,7 +308,7 @@ def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     # Thick strokes fill more than half somewhere: then even paper separates better, with a little more ink, not a
     # shadow's worth of it.
     better = tries[1][0] > tries[0][0] and tries[1][1] < 2.5 * tries[0][1]
-    paper, axis = tries[better][2:]
+    paper, axis = tries[int(better)][2:]
     return np.where(inside, pixels @ axis - enlarged((paper @ axis)[..., None], image.size), 0)
 
 

@@ -98,7 +98,8 @@ def shadowed(rng, picture: np.ndarray) -> np.ndarray:
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     distance = np.cos(angle) * x + np.sin(angle) * y - rng.uniform(-0.5, 0.5)
-    return picture * (1 - rng.uniform(0.3, 0.55) / (1 + np.exp(-distance * rng.uniform(15, 60))))[..., None]
+    depth, sharpness = rng.uniform(0.3, 0.55), rng.uniform(15, 60)
+    return picture * (1 - depth / 2 * (1 + np.tanh(distance * sharpness / 2)))[..., None]
 
 
 def noisy(rng, picture: np.ndarray, sigma: float) -> np.ndarray:
@@ -268,8 +269,8 @@ def thin_pen(rng, digit):
     size = int(rng.integers(220, 360))
     centre = np.asarray(Image.fromarray(np.uint8(traced(digit, size) > 0.5) * 255).filter(ImageFilter.GaussianBlur(3)))
     strokes = Image.fromarray(np.uint8(centre > 127) * 255)
-    lines = [strokes.filter(ImageFilter.FIND_EDGES)] if rng.random() < 0 else [thinned(np.asarray(strokes) > 0)]
-    return encoded(255 - 255 * dilated(placed(rng, np.float32(lines[0]), 400, 400, 10), 1))
+    line = np.float32(thinned(np.asarray(strokes) > 0))
+    return encoded(255 - 255 * dilated(placed(rng, line, 400, 400, 10), 1))
 
 
 def thinned(shape: np.ndarray) -> np.ndarray:
@@ -549,7 +550,75 @@ def samples(kind, pictures: np.ndarray, digits: np.ndarray, count: int) -> list[
     for index in range(count):
         rng = np.random.default_rng([zlib.crc32(kind.__name__.encode()), index])
         choice = int(rng.integers(len(digits)))
-        label = int(digits[choice])
-        arguments = (rng, pictures[choice], label) if kind is printed else (rng, pictures[choice])
-        made.append(Sample(kind(*arguments), label))
+        digit = int(digits[choice])
+        made.append(Sample(kind(rng, pictures[choice], *([digit] if kind is printed else [])), digit))
     return made
+
+
+def test_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return MNIST's test pictures (10000, 28, 28) uint8 and their digits (10000,)."""
+    with np.load(ROOT / "images" / "mnist.npz") as mnist:
+        return mnist["x_test"], mnist["y_test"]
+
+
+test_digits.__test__ = False  # pytest: this is no test.
+
+
+def contact_sheet(examples: int = 2, columns: int = 5) -> Image.Image:
+    """Return a picture of every kind's first uploads, each beside what the model sees of it."""
+    pictures, digits = test_digits()
+    cell_width, cell_height, tile = 268, 30 + examples * 132, 124
+    font, heading = ImageFont.load_default(15), ImageFont.load_default(20)
+    groups = (("Kinds used in development: upload, what the model sees", KINDS), ("Kinds held out", HELD_OUT))
+    height = sum(44 + -(-len(kinds) // columns) * cell_height for _, kinds in groups) + 8
+    sheet = Image.new("RGB", (columns * cell_width + 12, height), (244, 244, 244))
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for title, kinds in groups:
+        draw.text((12, top + 12), title, BLACK, heading)
+        for index, kind in enumerate(kinds):
+            left = 12 + index % columns * cell_width
+            y = top + 44 + index // columns * cell_height
+            draw.text((left, y), kind.__name__.replace("_", " "), (60, 60, 60), font)
+            for row, sample in enumerate(samples(kind, pictures, digits, examples)):
+                upload = open_image(io.BytesIO(sample.upload))
+                seen = Image.fromarray(np.uint8(preprocess(upload)[..., 0])).resize(
+                    (112, 112), Image.Resampling.NEAREST
+                )
+                shown = displayed(upload, tile)
+                corner = y + 22 + row * 132
+                sheet.paste(shown, (left + (tile - shown.width) // 2, corner + (tile - shown.height) // 2))
+                sheet.paste(seen, (left + tile + 8, corner + (tile - 112) // 2))
+        top += 44 + -(-len(kinds) // columns) * cell_height
+    return sheet
+
+
+def displayed(upload: Image.Image, side: int) -> Image.Image:
+    """Return an upload as a page would show it: numbers scaled to gray, what is transparent as gray squares."""
+    if upload.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(upload, np.float32))
+        upload = as_image((values - values.min()) * (255 / max(np.ptp(values), 1e-6)))
+    upload = upload.convert("RGBA")
+    upload.thumbnail((side, side))
+    if max(upload.size) < side // 2:
+        upload = upload.resize([side * size // max(upload.size) for size in upload.size], Image.Resampling.NEAREST)
+    rows, columns = np.indices((upload.height, upload.width)) // 8
+    squares = as_image(np.repeat((150 + 50 * ((rows + columns) % 2))[..., None], 3, axis=2)).convert("RGBA")
+    return Image.alpha_composite(squares, upload).convert("RGB")
+
+
+def main(argv=None) -> int:
+    """Write the contact sheet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contact-sheet", metavar="FILE", required=True, help="the picture to write")
+    arguments = parser.parse_args(argv)
+    try:
+        contact_sheet().quantize(128).save(arguments.contact_sheet, optimize=True)
+    except OSError as error:
+        print(f"cannot write {arguments.contact_sheet}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
