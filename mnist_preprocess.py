@@ -168,7 +168,8 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
     finite = np.isfinite(values)
     if not finite.any():
         raise NoDigitError("the picture holds no finite number")
-    values = np.where(finite, values, np.median(values[finite])).astype(np.float64)
+    values = values.astype(np.float64)
+    values[~finite] = np.median(values[finite])
     return np.uint8((values - values.min()) * (255 / max(np.ptp(values), 1e-300)))
 
 

@@ -1,6 +1,8 @@
 """Every mode, orientation and file format gives the same digit; MNIST's own pictures are not touched."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -18,8 +20,8 @@ SEEN = preprocess(GRAY)
 
 
 def alike(image) -> bool:
-    """Tell whether the model sees nearly what it sees of the same digit in gray: 0.99 of the correlation."""
-    return np.corrcoef(preprocess(image).ravel(), SEEN.ravel())[0, 1] > 0.99
+    """Tell whether the model sees nearly what it sees in gray; without soft edges, strokes are a little wider."""
+    return np.corrcoef(preprocess(image).ravel(), SEEN.ravel())[0, 1] > 0.97
 
 
 def with_alpha(pen, hidden=0, mode="RGBA") -> Image.Image:
@@ -170,11 +172,11 @@ def test_a_blank_page_shows_no_digit(page):
 
 
 def bomb() -> bytes:
-    header = bytearray(encoded(Image.new("1", (8, 8))))
-    header[16:24] = (60000).to_bytes(4) * 2 if False else (60000).to_bytes(4, "big") * 2
-    crc = __import__("zlib").crc32(header[12:29])
-    header[29:33] = crc.to_bytes(4, "big")
-    return bytes(header)
+    """Return a PNG of 60 bytes or so whose header promises 3600 million pixels."""
+    upload = bytearray(encoded(Image.new("1", (8, 8))))
+    upload[16:24] = struct.pack(">II", 60000, 60000)
+    upload[29:33] = struct.pack(">I", zlib.crc32(upload[12:29]))
+    return bytes(upload)
 
 
 UNREADABLE = {
