@@ -1,0 +1,134 @@
+"""What the tests share: a trained model, the real Triton server, and the rule for what is missing."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tritonclient import grpc, http
+
+from mnist_preprocess import HOST, MODEL_NAME, MODEL_REPOSITORY, ROOT
+
+START_SECONDS = 120
+# The sentences of triton_local.sh that are about the machine and not about this project.
+MACHINE_LACKS = r"needs Linux|needs glibc|lacks its shared library|cannot download"
+
+
+def require(present, reason):
+    """Skip the test when something of the machine's is not there; in CI, where all of it must be, fail."""
+    if not present:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+def free_ports(count):
+    """Return port numbers on which nothing listens now."""
+    listeners = [socket.create_server((HOST, 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+@dataclass
+class Triton:
+    """A tritonserver that triton_local.sh started: its addresses (host:port), its process and its log."""
+
+    http_url: str
+    grpc_url: str
+    process: subprocess.Popen
+    log: Path
+
+    @property
+    def http(self):
+        return http.InferenceServerClient(self.http_url)
+
+    @property
+    def grpc(self):
+        return grpc.InferenceServerClient(self.grpc_url)
+
+
+def start_triton(log, *options):
+    """Start scripts/triton_local.sh on free ports, wait until the server is ready and return it as Triton."""
+    ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
+    command = [ROOT / "scripts" / "triton_local.sh", *(f"--{name}-port={port}" for name, port in ports.items())]
+    # This Python's environment, whether it was activated or not, and a process group, so that a test can press Ctrl-C.
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *options], stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    server = Triton(f"{HOST}:{ports['http']}", f"{HOST}:{ports['grpc']}", process, log)
+    deadline = time.monotonic() + START_SECONDS
+    while not is_ready(server):
+        if process.poll() is not None or time.monotonic() > deadline:
+            stop_triton(server)
+            text = log.read_text()
+            require(not re.search(MACHINE_LACKS, text), text.strip())
+            pytest.fail(f"Triton did not become ready:\n{text}")
+        time.sleep(0.1)
+    return server
+
+
+def is_ready(server):
+    try:
+        with server.http as client:
+            return client.is_server_ready()
+    except OSError:
+        return False
+
+
+def stop_triton(server):
+    """Stop the server as `kill` does and return its exit status; whatever outlives the 60 seconds is killed."""
+    server.process.send_signal(signal.SIGTERM)
+    try:
+        return server.process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.process.pid, signal.SIGKILL)
+        return server.process.wait()
+
+
+def copy_configuration(repository):
+    """Copy the project's model directory without its versions, and return the copy."""
+    model = Path(repository, MODEL_NAME)
+    shutil.copytree(MODEL_REPOSITORY / MODEL_NAME, model, ignore=shutil.ignore_patterns("[0-9]*", ".*"))
+    return model
+
+
+@pytest.fixture(scope="session")
+def trained_repository(tmp_path_factory):
+    """A model repository of the tests' own, with the project's configuration and a version 1 trained by train.py."""
+    repository = tmp_path_factory.mktemp("trained")
+    copy_configuration(repository)
+    command = [sys.executable, ROOT / "train.py", "--train-size=10000", "--epochs=1", "--model-repository", repository]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return repository
+
+
+@pytest.fixture(scope="session")
+def triton_repository(trained_repository, tmp_path_factory):
+    """The trained model and, beside it, the small SavedModels of saved_models.py; Triton serves both."""
+    repository = tmp_path_factory.mktemp("served")
+    shutil.copytree(trained_repository / MODEL_NAME, repository / MODEL_NAME)
+    command = [sys.executable, ROOT / "tests" / "saved_models.py", repository]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return repository
+
+
+@pytest.fixture(scope="session")
+def triton(triton_repository, tmp_path_factory):
+    """The real Triton server, started once; it loads mnist_model, and other models when a test asks it to."""
+    log = tmp_path_factory.mktemp("triton") / "triton.log"
+    models = ("--model-control-mode=explicit", f"--load-model={MODEL_NAME}")
+    server = start_triton(log, f"--model-repository={triton_repository}", *models)
+    yield server
+    status = stop_triton(server)
+    assert status == 0, log.read_text()
