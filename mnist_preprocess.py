@@ -51,10 +51,6 @@ class NoDigitError(ImageError):
     """A picture that can be read, and shows no digit."""
 
 
-class NoDigitError(ImageError):
-    """A picture that was read and shows nothing that could be a digit."""
-
-
 def open_image(file) -> Image.Image:
     """Open and decode a picture from a path or a binary file object; of an animation, its first frame.
 
