@@ -528,7 +528,7 @@ def gray_alpha(rng, digit):
     return encoded(Image.merge("LA", (as_image(240 - 200 * ink), corners)))
 
 
-def held_out_photo(rng, digit):
+def large_photo(rng, digit):
     """A large photo of a small digit, turned by EXIF, under two lamps."""
     ink = placed(rng, traced(digit, int(rng.integers(260, 500))), 1600, 1200, 80)
     photo = shadowed(rng, lit(rng, painted(ink, (225, 215, 200), gray_pen(rng)), 0.6))
@@ -540,7 +540,7 @@ def held_out_photo(rng, digit):
 
 HELD_OUT = (
     whiteboard, chalk, neon, sticky_note, coffee_stain, motion_blur, gradient, scan_with_shadow, one_bit, float_tiff,
-    gray_alpha, held_out_photo,
+    gray_alpha, large_photo,
 )  # fmt: skip
 
 
@@ -613,7 +613,7 @@ def main(argv=None) -> int:
     parser.add_argument("--contact-sheet", metavar="FILE", required=True, help="the picture to write")
     arguments = parser.parse_args(argv)
     try:
-        contact_sheet().quantize(128).save(arguments.contact_sheet, optimize=True)
+        contact_sheet().save(arguments.contact_sheet, optimize=True)
     except OSError as error:
         print(f"cannot write {arguments.contact_sheet}: {error.strerror}", file=sys.stderr)
         return 1
