@@ -222,7 +222,7 @@ def run(args) -> int:
     except (OSError, RuntimeError) as error:
         print(f"train.py: cannot publish the model in {args.model_repository}: {error}", file=sys.stderr)
         return 1
-    print(f"Published version {version.name}: {version / SAVED_MODEL}")
+    print(f"Published version {version.name}: {os.path.relpath(version / SAVED_MODEL)}")
     print("Next: python flask/server.py")
     return 0
 

@@ -20,7 +20,12 @@ README = (ROOT / "README.md").read_text()
 # Commands that serve until they are stopped, and the port that tells when they are ready.
 SERVERS = {"python flask/server.py": FLASK_PORT, "scripts/triton_local.sh": TRITON_HTTP_PORT}
 # Commands that another test runs, since they need more than this one has: a Docker host, an idle machine.
-ELSEWHERE = {"./scripts/test.sh": "this very run"}
+ELSEWHERE = {
+    "./scripts/test.sh": "this very run",
+    "./scripts/triton_cpu.sh --detach": "test_docker_engine.py",
+    "docker stop triton_mnist": "test_docker_engine.py",
+    "scripts/benchmark.sh --floor": "test_benchmark.py",
+}
 
 
 def commands():
