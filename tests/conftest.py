@@ -164,12 +164,13 @@ def mnist_test():
 def keras_model():
     """The model of train.py, trained for one short epoch."""
     import keras
+
     import train
 
     pictures, digits = train.prepare(train.DATA, 10_000)[0]
     keras.utils.set_random_seed(0)
     model = train.build()
-    model.fit(pictures, digits, batch_size=train.BATCH_SIZE, epochs=1, verbose=0)
+    train.train(model, pictures, digits, epochs=1)
     return model
 
 

@@ -27,13 +27,12 @@ def start_publisher(directory):
         os.read(reader, 1)
         os.close(reader)
         return pid
-    # TensorFlow starts its threads here, with the first model, and not in the process that forks.
+    # TensorFlow starts its threads in this process, with the first model, and not in the one that forks.
     status = 1
     try:
         pictures = np.zeros((1, *IMAGE_SHAPE), np.uint8)
         layers = [keras.layers.Flatten(), keras.layers.Dense(CLASSES, activation="softmax")]
         model = keras.Sequential([keras.Input(IMAGE_SHAPE, name=INPUT_NAME), *layers])
-        model.predict(pictures, verbose=0)
         os.close(writer)
         train.publish(model, directory, pictures)
         status = 0
