@@ -21,7 +21,20 @@ from saved_model import SAVED_MODEL, SIGNATURE, SavedModel, versions
 OPERATIONS = {
     *("AddV2", "BiasAdd", "Cast", "Const", "Conv2D", "ConcatV2", "FusedBatchNormV3"),
     *("Identity", "MatMul", "MaxPool", "Mean", "Mul", "NoOp", "Pack", "PartitionedCall", "Placeholder", "Prod"),
-    *("Relu", "Reshape", "Rsqrt", "Shape", "Softmax", "StatefulPartitionedCall", "StridedSlice", "Sub"),
+    *(
+        "Relu",
+        "Reshape",
+        "RestoreV2",
+        "Rsqrt",
+        "SaveV2",
+        "Select",
+        "Shape",
+        "Softmax",
+        "StatefulPartitionedCall",
+        "StridedSlice",
+        "Sub",
+    ),
+    *("MergeV2Checkpoints", "ShardedFilename", "StaticRegexFullMatch", "StringJoin"),
 }
 ARRAYS = {
     "x_train": np.zeros((20, 28, 28), np.uint8),
