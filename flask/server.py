@@ -178,6 +178,9 @@ def close_listeners():
 
 def load_worker(model, parent):
     """Return what a granian worker of the process `parent` serves, its model warm before the worker opens the port."""
+    # Until it serves, SIGTERM just ends it: the handler inherited from the main process would swallow the signal, and
+    # the main process wait for ever for a worker that goes on.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model.warm_up()
     return Worker(create_app(model), parent)
 
