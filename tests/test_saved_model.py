@@ -233,6 +233,9 @@ def test_inputs_that_do_not_fit(request, trained, model, inputs, sentence, devic
     is_sentence(error, sentence)
 
 
-def test_empty_batch(model, trained):
-    for runner in (model, SavedModel(trained, "/CPU:0")):
-        assert predict(runner, PICTURE[:0]).shape == (0, 10)
+def test_inputs_that_litert_refuses_spoil_nothing(model, pictures):
+    expected = predict(model, pictures[:1])
+    with pytest.raises(ModelError) as error:
+        predict(model, PICTURE[:0])
+    is_sentence(error, "LiteRT cannot run the model on these inputs: ")
+    assert np.array_equal(predict(model, pictures[:1]), expected)
