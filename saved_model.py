@@ -44,7 +44,7 @@ def versions(model_directory) -> list[int]:
     """Return the version numbers in a model's directory, oldest first. Triton's rule: digits, no leading zero."""
     directory = Path(model_directory)
     names = [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and not name.startswith("0"))
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name[0] != "0")
 
 
 def newest_version(model_directory) -> Path:
