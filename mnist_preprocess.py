@@ -411,7 +411,10 @@ def digit_in(ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     level, threshold = ink_level(ink)
     mask = ink > threshold
     parts = Parts(mask)
-    main = parts.largest(np.where(parts.touch_edge, 0.3, 1))
+    # What is along a whole side is more likely a shadow or a table, and what touches a side may be one.
+    along = (parts.bottom - parts.top > 0.95 * mask.shape[0]) | (parts.right - parts.left > 0.95 * mask.shape[1])
+    along &= parts.touch_edge
+    main = parts.largest(np.where(along, 0.02, np.where(parts.touch_edge, 0.3, 1)))
     if parts.side[main] < 5 or parts.area[main] < 8:
         raise NoDigitError("no digit to be seen: the picture shows nothing but specks")
     digit = np.arange(len(parts.area)) == main
@@ -420,7 +423,7 @@ def digit_in(ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         left, right = parts.left[digit].min(), parts.right[digit].max()
         side = max(bottom - top, right - left)
         gap = np.max([parts.top - bottom, top - parts.bottom, parts.left - right, left - parts.right], axis=0)
-        more = ~digit & (gap < 0.2 * side) & (parts.side > 0.15 * side) & (parts.area > 0)
+        more = ~digit & ~along & (gap < 0.2 * side) & (parts.side > 0.15 * side) & (parts.area > 0)
         if not more.any():
             return np.clip(ink / level, 0, 1), digit[parts.labels]
         digit |= more

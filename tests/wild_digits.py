@@ -2,9 +2,10 @@
 
     python tests/wild_digits.py --contact-sheet images/wild_digits.png
 
-Every kind is a function from a random generator and a digit's ink to the bytes of an upload. The same kind, index
+Every kind is a function from a random generator and an MNIST picture to the bytes of an upload. The same kind, index
 and version of Pillow give the same upload. KINDS were used to develop mnist_preprocess.py; HELD_OUT were not looked at
-until it was finished, and measure what it does with pictures that it was not made for.
+until it was finished, and measure what it does with pictures that it was not made for. (The scan was one of them,
+read at 94.5 %; it has been used since, so that it counts among KINDS now.)
 """
 
 import argparse
@@ -423,11 +424,22 @@ def printed(rng, digit, label):
     return encoded(painted(placed(rng, ink, 320, 320), (250, 250, 250), gray_pen(rng)))
 
 
+def scan_with_shadow(rng, digit):
+    """A gray scan with the black shadow of the scanner's lid along one or two sides."""
+    ink = placed(rng, traced(digit, int(rng.integers(150, 260))), 500, 420, 40)
+    page = painted(ink, (205,) * 3, gray_pen(rng, 20, 80))
+    page[:, : int(rng.integers(5, 25))] = 15
+    if rng.random() < 0.5:
+        page[-int(rng.integers(5, 25)) :] = 15
+    return encoded(noisy(rng, blurred(page, 1.5), 3)[..., 0])
+
+
 KINDS = (
     paint_program, white_on_black, phone_photo, hard_shadow, faint_pencil, ruled_paper, squared_paper, dark_rules,
     coloured_ink, transparent_dark, transparent_light, small_with_dirt, thin_pen, thick_marker, framed, window,
     sixteen_bit, tiny, shifted_mnist, cmyk_jpeg, palette_gif, turned_by_exif, broken_strokes, jpeg_blocks,
     salt_and_pepper, on_a_table, at_the_edge, printed,
+    scan_with_shadow,
 )  # fmt: skip
 
 
@@ -497,16 +509,6 @@ def gradient(rng, digit):
     return encoded(painted(ink, paper, BLACK if dark else WHITE))
 
 
-def scan_with_shadow(rng, digit):
-    """A gray scan with the black shadow of the scanner's lid along one or two sides."""
-    ink = placed(rng, traced(digit, int(rng.integers(150, 260))), 500, 420, 40)
-    page = painted(ink, (205,) * 3, gray_pen(rng, 20, 80))
-    page[:, : int(rng.integers(5, 25))] = 15
-    if rng.random() < 0.5:
-        page[-int(rng.integers(5, 25)) :] = 15
-    return encoded(noisy(rng, blurred(page, 1.5), 3)[..., 0])
-
-
 def one_bit(rng, digit):
     """A fax: one bit a pixel, gray dithered."""
     ink = placed(rng, traced(digit, int(rng.integers(120, 240))), 300, 300)
@@ -539,7 +541,7 @@ def large_photo(rng, digit):
 
 
 HELD_OUT = (
-    whiteboard, chalk, neon, sticky_note, coffee_stain, motion_blur, gradient, scan_with_shadow, one_bit, float_tiff,
+    whiteboard, chalk, neon, sticky_note, coffee_stain, motion_blur, gradient, one_bit, float_tiff,
     gray_alpha, large_photo,
 )  # fmt: skip
 
