@@ -212,7 +212,7 @@ def main(argv=None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("train.py: stopped before anything was published", file=sys.stderr)
+        print("train.py: stopped", file=sys.stderr)
         return 130
 
 
@@ -220,7 +220,8 @@ def run(args) -> int:
     # Prepare.
     try:
         (x_train, y_train), (x_test, y_test) = prepare(args.data, args.train_size)
-    except ValueError as error:
+        (args.model_repository / MODEL_NAME).mkdir(parents=True, exist_ok=True)  # To fail now, and not after training.
+    except (OSError, ValueError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     print(f"{len(x_train)} training pictures, {len(x_test)} test pictures")

@@ -186,7 +186,7 @@ def test_stopped_run_leaves_nothing(tmp_path, number):
     process.send_signal(number)
     assert process.wait(30) == 130
     last_words = (tmp_path / "err").read_text().splitlines()
-    assert last_words[-1] == "train.py: stopped before anything was published"
+    assert last_words[-1] == "train.py: stopped"
     assert not [line for line in last_words if "Traceback" in line]
     assert not (tmp_path / "repository").exists()
 
