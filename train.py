@@ -221,8 +221,11 @@ def run(args) -> int:
     try:
         (x_train, y_train), (x_test, y_test) = prepare(args.data, args.train_size)
         (args.model_repository / MODEL_NAME).mkdir(parents=True, exist_ok=True)  # To fail now, and not after training.
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"train.py: cannot publish a model in {args.model_repository}: {error}", file=sys.stderr)
         return 1
     print(f"{len(x_train)} training pictures, {len(x_test)} test pictures")
 
