@@ -6,9 +6,12 @@ forms and its package holds no program, and a client in Python costs more time t
 """
 
 import argparse
+import io
 import json
+import math
 import os
 import platform
+import random
 import re
 import signal
 import socket
@@ -26,6 +29,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+from PIL import Image
 from tritonclient import http as httpclient
 from tritonclient.grpc import service_pb2
 
@@ -95,6 +99,14 @@ class Result:
 # What is sent, and how one answer is read.
 
 
+def picture():
+    """Return the sample picture as MNIST stores it: a tensor (1, 28, 28, 1) float32, and the bytes of a 28x28 PNG."""
+    pixels = preprocess(open_image(SAMPLE_IMAGE))
+    png = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0].astype(np.uint8)).save(png, "PNG")
+    return pixels[None], png.getvalue()
+
+
 def ask_http(port, path, headers, body, read_digit):
     """POST once; return the digit in the answer and the answer's length in bytes."""
     connection = HTTPConnection(HOST, port, timeout=10)
@@ -133,16 +145,17 @@ def http_way(name, port, path, headers, body, read_digit, floor):
 
 
 def flask_way(name, port, floor=None):
-    """Ask with an HTML form that uploads the sample picture."""
-    start = 'Content-Disposition: form-data; name="image"; filename="sample_image.png"\r\nContent-Type: image/png'
-    body = b"--form\r\n%b\r\n\r\n%b\r\n--form--\r\n" % (start.encode(), SAMPLE_IMAGE.read_bytes())
+    """Ask with an HTML form that uploads the picture."""
+    _, png = picture()
+    start = 'Content-Disposition: form-data; name="image"; filename="seven.png"\r\nContent-Type: image/png'
+    body = b"--form\r\n%b\r\n\r\n%b\r\n--form--\r\n" % (start.encode(), png)
     headers = {"content-type": "multipart/form-data; boundary=form"}
     return http_way(name, port, "/mnist_infer", headers, body, read_prediction, floor)
 
 
 def triton_ways(names, http_port, grpc_port, model_name, floors=(None, None)):
-    """Ask with the sample picture as a tensor, as the clients of tritonclient do."""
-    batch = preprocess(open_image(SAMPLE_IMAGE))[None]
+    """Ask with the picture as a tensor, in the same messages that tritonclient sends."""
+    batch, _ = picture()
     tensor = httpclient.InferInput(INPUT_NAME, batch.shape, "FP32").set_data_from_numpy(batch)
     outputs = [httpclient.InferRequestedOutput(OUTPUT_NAME, binary_data=True)]
     body, json_size = httpclient.InferenceServerClient.generate_request_body([tensor], outputs=outputs)
@@ -226,11 +239,20 @@ def peers(repository):
 
 
 def free_ports(count):
-    """Return port numbers on which nothing listens now."""
-    listeners = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
+    """Return port numbers on which nothing listens now.
+
+    They lie below those that Linux gives to connections, so that none of these takes one before its server starts.
+    """
+    ports = []
+    for port in random.sample(range(20000, 32768), 1000):
+        with socket.socket() as listener:
+            try:
+                listener.bind((HOST, port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            break
     return ports
 
 
@@ -252,8 +274,7 @@ def start(server, directory):
                 break
             except (OSError, HTTPException, grpc.RpcError, BenchmarkError) as error:
                 if not alive or time.monotonic() > started + START_SECONDS:
-                    words = log.read_text(errors="replace").strip().rpartition("\n")[2]
-                    raise BenchmarkError(f"{server.name} did not start: {words or error}") from error
+                    raise BenchmarkError(f"{server.name} did not start: {last_words(log) or error}") from error
             time.sleep(0.02)
         if digit != DIGIT:
             raise BenchmarkError(
@@ -263,7 +284,15 @@ def start(server, directory):
     server.memory.append(memory(server.process.pid))
 
 
+def last_words(log):
+    """Return the line of a server's log that says why it stopped: the first that looks like an error, or the last."""
+    text = log.read_text(errors="replace").strip()
+    errors = re.findall(r"^(?:error: |\w+\.(?:py|sh): |\w*Error: ).*", text, re.M)
+    return errors[0] if errors else text.rpartition("\n")[2]
+
+
 def stop(server):
+    """Stop the server as `kill` does; what outlives STOP_SECONDS is killed."""
     if server.process:
         server.process.send_signal(signal.SIGTERM)
         try:
@@ -337,7 +366,7 @@ def median(results, quantity):
 def ratio(results, name, other, clients):
     """Return the median of name's rate over other's, each taken in the same round."""
     pairs = zip(results[name, clients], results[other, clients], strict=True)
-    return statistics.median(one.rate / two.rate for one, two in pairs)
+    return statistics.median(one.rate / two.rate if two.rate else math.nan for one, two in pairs)
 
 
 # The report.
@@ -398,21 +427,19 @@ def draw(ways, results, args, description, path):
         # A floor has the color of what stands on it.
         owner = next((other.name for other in ways if other.floor == way.name), way.name)
         color = colors.setdefault(owner, f"C{len(colors)}")
-        style = {"color": color, "marker": "o", "linestyle": "-" if owner == way.name else ":"}
-        rates.plot(args.clients, values["rate"], label=way.name, **style)
-        if owner == way.name:
-            latencies.plot(args.clients, values["p50"], label=way.name, **style)
-            latencies.fill_between(args.clients, values["p50"], values["p99"], color=color, alpha=0.15, linewidth=0)
+        constant = owner != way.name
+        rates.plot(args.clients, values["rate"], f"o{':' if constant else '-'}", color=color, label=way.name)
+        if not constant:
+            latencies.plot(args.clients, values["p50"], "o-", color=color, label=f"{way.name}, median")
+            latencies.plot(args.clients, values["p99"], "^--", color=color, label=f"{way.name}, p99")
     rates.set(title="Requests per second: more is better", ylim=(0, None))
-    latencies.set(title="Latency in ms, from median (line) to p99 (shade): less is better", yscale="log")
-    latencies.title.set_fontsize("medium")
-    rates.title.set_fontsize("medium")
+    latencies.set(title="Latency in ms: less is better", yscale="log")
     for axes in (rates, latencies):
         axes.set_xscale("log", base=2)
         axes.set_xticks(args.clients, map(str, args.clients))
         axes.set_xlabel("concurrent clients")
         axes.grid(alpha=0.3)
-    rates.legend(fontsize="small")
+        axes.legend(fontsize="small")
     figure.supxlabel("\n".join(description), fontsize="x-small", color="gray")
     figure.savefig(path)
 
