@@ -332,7 +332,12 @@ def measure(way, clients, seconds, directory):
     data.write_bytes(way.body)
     log.unlink(missing_ok=True)
     command = ["h2load", f"--clients={clients}", f"--duration={seconds}", f"--data={data}", f"--log-file={log}"]
-    run = subprocess.run([*command, *way.options, way.url], capture_output=True, text=True)
+    try:
+        run = subprocess.run(
+            [*command, *way.options, way.url], capture_output=True, text=True, timeout=seconds + STOP_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BenchmarkError(f"{way.name} keeps h2load waiting with {clients} clients") from error
     counts = re.search(r"(\d+) succeeded, (\d+) failed", run.stdout)
     received = re.search(r"\((\d+)\) data", run.stdout)
     succeeded, failed = map(int, counts.groups()) if counts else (0, 0)

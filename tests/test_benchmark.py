@@ -24,7 +24,7 @@ def benchmark(*options):
 def test_a_short_run_measures_both_servers_and_their_floors(trained_repository, tmp_path):
     require(shutil.which("h2load"), "no h2load on PATH: run 'sudo apt install nghttp2-client'")
     picture = tmp_path / "benchmark.png"
-    options = ("--clients", "1", "8", "--seconds=1", "--rounds=1", "--floor", "--picture", picture)
+    options = ("--clients", "1", "8", "--seconds=2", "--rounds=1", "--floor", "--picture", picture)
     result = benchmark(*options, "--model-repository", trained_repository)
     assert result.returncode == 0, result.stderr
 
