@@ -44,7 +44,7 @@ def versions(model_directory) -> list[int]:
     """Return the version numbers in a model's directory, oldest first. Triton's rule: digits, no leading zero."""
     directory = Path(model_directory)
     names = [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and not name.startswith("0"))
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name[0] != "0")
 
 
 def newest_version(model_directory) -> Path:
@@ -53,6 +53,13 @@ def newest_version(model_directory) -> Path:
     if not numbers:
         raise ModelError(f"no trained model in {model_directory}: run 'python train.py' first")
     return Path(model_directory) / str(numbers[-1])
+
+
+def count_gpus() -> int:
+    """Return how many GPUs TensorFlow sees; it imports TensorFlow."""
+    import tensorflow as tf
+
+    return len(tf.config.list_physical_devices("GPU"))
 
 
 class SavedModel:

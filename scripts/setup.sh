@@ -22,7 +22,7 @@ requirements="${1:-requirements.txt}"
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
 # A whole environment holds a copy of the requirements that were installed: what was interrupted is done anew.
-installed=".venv/$(basename "$(dirname "$PWD/$requirements")")-requirements.txt"
+installed=".venv/installed-${requirements//\//-}"
 if is_supported .venv/bin/python && cat requirements.txt "$requirements" | cmp -s - "$installed"; then
   exit 0
 fi

@@ -18,6 +18,6 @@ export VIRTUAL_ENV="$PWD/.venv"
 
 ruff check .
 ruff format --check .
-find scripts tests .ci -name '*.sh' -o -path .ci/run | xargs shellcheck
-find scripts tests -name 'Dockerfile*' | xargs hadolint
+shellcheck .ci/run scripts/*.sh scripts/*/*.sh tests/*.sh
+hadolint scripts/triton/Dockerfile
 python -m pytest "$@"

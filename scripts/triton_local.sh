@@ -30,7 +30,7 @@ fi
 command -v "$python" >/dev/null || die "no Python at $python: install Python 3.10 to 3.12"
 
 # Whatever would make tritonserver fail late and in many words is said here, first and in one sentence.
-# Prints the version of Python, the folder of its program, that of its shared library, and the model repository's option.
+# Prints the default model repository, if it is wanted, Python's version, its program's folder and its library's.
 checked="$("$python" - "$root" "$@" <<'PYTHON'
 import argparse, importlib.metadata, importlib.util, platform, socket, sys, sysconfig
 from pathlib import Path
@@ -82,7 +82,8 @@ try:
     given["model_repository"] or newest_version(root / "model_repository" / "mnist_model")
 except ModelError as error:
     die(error)
-print("" if given["model_repository"] else root / "model_repository", version, Path(sys.executable).parent, folders[0], sep="\n")
+repository = "" if given["model_repository"] else root / "model_repository"
+print(repository, version, Path(sys.executable).parent, folders[0], sep="\n")
 PYTHON
 )"
 { read -r repository; read -r version; read -r bin; read -r library; } <<<"$checked"
@@ -95,11 +96,15 @@ backends="$wheel/backends-$version"
 mkdir -p "$root/.triton"
 temporary="$(mktemp -d "$root/.triton/unfinished.XXXXXX")"
 trap 'rm -rf "$temporary"' EXIT
+publish() { # Another run may have been faster; its result is as good.
+  mv -T "$temporary/$1" "$2" 2>/dev/null || [[ -d "$2" ]] || die "cannot write $2"
+}
 if [[ ! -d "$wheel" ]]; then
   echo "Downloading Triton (55 MB) to $wheel …" >&2
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$temporary/wheel" nvidia-pytriton==0.7.0 ||
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$temporary/wheel" \
+    nvidia-pytriton==0.7.0 ||
     die "cannot download nvidia-pytriton 0.7.0 from the package index: look at pip's message above, then try again"
-  mv -T "$temporary/wheel" "$wheel"
+  publish wheel "$wheel"
 fi
 if [[ ! -d "$backends" ]]; then
   # Triton's Python backend with the stub for this Python, and the drop-in TensorFlow backend beside it. Triton wants
@@ -108,7 +113,7 @@ if [[ ! -d "$backends" ]]; then
   cp -R "$wheel/pytriton/tritonserver/backends/python" "$temporary/backends"
   cp "$wheel/pytriton/tritonserver/python_backend_stubs/$version/triton_python_backend_stub" "$temporary/backends/python"
   ln -s ../../../../{scripts/triton/backends/tensorflow/model.py,saved_model.py} "$temporary/backends/tensorflow"
-  mv -T "$temporary/backends" "$backends"
+  publish backends "$backends"
 fi
 rm -rf "$temporary"
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,7 +38,7 @@ output { name: "value" data_type: TYPE_FP32 dims: [1] }
 output { name: "echo" data_type: TYPE_STRING dims: [1] }
 output { name: "total" data_type: TYPE_FP32 dims: [1] }
 # It waits long enough for eight rows of several clients to become one batch on a busy machine.
-dynamic_batching { preferred_batch_size: [8] max_queue_delay_microseconds: 3000000 }
+dynamic_batching { preferred_batch_size: [8] max_queue_delay_microseconds: 10000000 }
 instance_group { count: 1 }
 """
 DOUBLE = """
@@ -124,9 +125,11 @@ def lookup_rows(*indices, length=1):
 def ask_together(triton, requests):
     """Send the requests at once; returns their outputs or exceptions, and how many runs Triton made of them."""
 
-    def executions():
+    def counted():
+        """Return how many rows Triton has run, and in how many runs."""
         (statistics,) = client.get_inference_statistics("lookup").model_stats
-        return statistics.execution_count
+        rows = sum(batch.batch_size * batch.compute_infer.count for batch in statistics.batch_stats)
+        return rows, statistics.execution_count
 
     def ask(inputs):
         try:
@@ -135,8 +138,13 @@ def ask_together(triton, requests):
             return error
 
     with triton.grpc as client, ThreadPoolExecutor(len(requests)) as pool:
-        before = executions()
-        return list(pool.map(ask, requests)), executions() - before
+        rows, executions = counted()
+        rows += sum(len(inputs["index"]) for inputs in requests)
+        answers = list(pool.map(ask, requests))
+        deadline = time.monotonic() + 10  # Triton counts a run after it has sent the answers.
+        while counted()[0] < rows and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return answers, counted()[1] - executions
 
 
 def test_every_data_type_there_and_back(protocol, every_type):

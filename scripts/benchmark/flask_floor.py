@@ -10,12 +10,20 @@ sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("f
 
 import server
 from flask import Flask, jsonify, request
+from server import load_worker
 
 from mnist_preprocess import open_image
 
 
-def load_floor(model):
-    """Return what a granian worker serves, in place of server.load_worker."""
+def load_floor(*args):
+    """Return what a granian worker serves: all of it the server's own, but for the application."""
+    worker = load_worker(*args)
+    worker.app = create_floor()
+    return worker
+
+
+def create_floor() -> Flask:
+    """Return the application that reads and decodes its upload and answers 7."""
     app = Flask(__name__)
 
     @app.post("/mnist_infer")
@@ -23,9 +31,9 @@ def load_floor(model):
         open_image(request.files["image"].stream)
         return jsonify(Prediction="7")
 
-    return server.Worker(app)
+    return app
 
 
 if __name__ == "__main__":
-    server.load_worker = load_floor  # All else stays the server's own: granian's settings, workers, options.
+    server.load_worker = load_floor
     raise SystemExit(server.main())

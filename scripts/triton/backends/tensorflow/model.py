@@ -6,14 +6,14 @@ configuration at all. Triton runs one process of it per model instance.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from saved_model import ModelError, SavedModel
+from saved_model import SAVED_MODEL, ModelError, SavedModel, count_gpus
 
-DEFAULT_FILENAME = "model.savedmodel"
 DEFAULT_MAX_BATCH_SIZE = 4  # NVIDIA's backend gave it to a model that can batch and does not say how far.
 
 # TensorFlow's name of each dtype that Triton carries too, and Triton's.
@@ -54,8 +54,12 @@ class TritonPythonModel:
     def initialize(self, args):
         """Load the SavedModel and refuse a configuration that contradicts it."""
         config = json.loads(args["model_config"])
-        self._model = _load(Path(args["model_repository"], args["model_version"]), config)
+        device = choose_device(args["model_instance_kind"], int(args["model_instance_device_id"]), count_gpus)
+        self._model = _load(Path(args["model_repository"], args["model_version"]), config, device)
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: run by {self._model.runtime}")
         _check(config, self._model)
+        with suppress(ModelError):  # A model may refuse made-up inputs; its first request is a slow one then.
+            self._model.warm_up()
         self._batched = config["max_batch_size"] > 0
         self._to_array = {name: _reader(spec) for name, spec in self._model.inputs.items()}
         self._to_tensor = {name: _writer(spec) for name, spec in self._model.outputs.items()}
@@ -74,8 +78,8 @@ class TritonPythonModel:
         batches = [self._inputs(request) for request in requests]
         sizes = [len(next(iter(batch.values()))) for batch in batches]
         outputs = self._model.predict({name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
-        if any(len(array) != sum(sizes) for array in outputs.values()):
-            raise ValueError("an output is not one row per row of the inputs, so it cannot be split")
+        if any(array.shape[:1] != (sum(sizes),) for array in outputs.values()):
+            raise ValueError("an output has not one row per row of the inputs, so it cannot be split")
         ends = np.cumsum(sizes).tolist()
         return [
             self._response(request, {name: array[end - size : end] for name, array in outputs.items()})
@@ -98,10 +102,27 @@ class TritonPythonModel:
         )
 
 
-def _load(version_directory, config):
-    """Load the model's version; where its instance runs (args["model_instance_kind"]) is to be settled before this."""
+def choose_device(instance_kind, device_id, count_gpus):
+    """Return TensorFlow's name of the device that an instance runs on, or None for the CPU and LiteRT.
+
+    instance_kind is "CPU", "GPU" or "MODEL", device_id the GPU's number, both as Triton says them; count_gpus tells
+    how many GPUs TensorFlow sees: none, where it was installed without its CUDA packages.
+    """
+    if instance_kind != "GPU":
+        return None
+    gpus = count_gpus()
+    if device_id < gpus:
+        return f"/GPU:{device_id}"
+    pb_utils.Logger.log_warn(
+        f"Triton places the model on GPU {device_id} and TensorFlow sees {gpus} GPUs, so the CPU runs it: install "
+        "tensorflow[and-cuda], or say KIND_CPU in the model's instance_group"
+    )
+    return None
+
+
+def _load(version_directory, config, device=None):
     try:
-        return SavedModel(Path(version_directory, config["default_model_filename"] or DEFAULT_FILENAME))
+        return SavedModel(Path(version_directory, config["default_model_filename"] or SAVED_MODEL), device)
     except ModelError as error:
         raise pb_utils.TritonModelException(str(error)) from error
 

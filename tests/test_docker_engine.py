@@ -1,0 +1,182 @@
+"""The Docker scripts with a real Docker engine, on a stand-in for NVIDIA's image (stand_in_image.sh)."""
+
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from conftest import START_SECONDS, copy_configuration, require
+
+from mnist_preprocess import HOST, MODEL_NAME, ROOT, TRITON_HTTP_PORT
+
+SCRIPT = ROOT / "scripts" / "triton_cpu.sh"
+NVIDIA_IMAGE = "nvcr.io/nvidia/tritonserver:26.09-py3"
+IMAGE = "mnist-triton:26.09"
+CONTAINER = "triton_mnist"
+READY = rf"\| {MODEL_NAME} *\| 1 *\| READY *\|"
+
+
+def docker(*arguments):
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def image(request):
+    """The stand-in under the name that the script asks for; it and what is built on it are gone afterwards."""
+    require(shutil.which("docker"), "there is no docker command")
+    answer = docker("version")
+    require(answer.returncode == 0, f"Docker does not answer: {answer.stderr.strip()}")
+    require(shutil.which("debootstrap") and os.geteuid() == 0, "the stand-in image needs debootstrap and root")
+    for name in (NVIDIA_IMAGE, IMAGE):
+        label = docker("image", "inspect", "--format", '{{index .Config.Labels "mnist.stand-in"}}', name)
+        replaceable = label.returncode != 0 or label.stdout == "yes\n"
+        require(replaceable, f"the image {name} is here already, and these tests would put a stand-in in its place")
+    if docker("image", "inspect", NVIDIA_IMAGE).returncode != 0:
+        request.getfixturevalue("triton")  # It has fetched the wheel.
+        [wheel] = (ROOT / ".triton").glob("nvidia-pytriton-*")
+        command = [ROOT / "tests" / "stand_in_image.sh", NVIDIA_IMAGE, wheel]
+        stand_in = subprocess.run(command, capture_output=True, text=True)
+        assert stand_in.returncode == 0, stand_in.stdout + stand_in.stderr
+    yield IMAGE
+    docker("stop", CONTAINER)
+    docker("image", "rm", IMAGE, NVIDIA_IMAGE)
+
+
+@pytest.fixture(scope="module")
+def repository(trained_repository):
+    """The trained model, in a folder that pytest no longer keeps to its own user."""
+    trained_repository.chmod(0o755)
+    return trained_repository
+
+
+def serve(*arguments, folder="/"):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_TAG"}
+    return subprocess.run([SCRIPT, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def is_ready(host):
+    try:
+        return urllib.request.urlopen(f"http://{host}:{TRITON_HTTP_PORT}/v2/health/ready", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def is_there():
+    return bool(docker("container", "ls", "--all", "--quiet", "--filter", f"name=^{CONTAINER}$").stdout)
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="class")
+def container(image, repository, tmp_path_factory):
+    """What `triton_cpu.sh --detach` prints; the container runs until the tests of the class have ended."""
+    result = serve("--detach", "--model-repository", repository, folder=tmp_path_factory.mktemp("elsewhere"))
+    assert result.returncode == 0, result.stderr
+    yield result.stdout
+    assert docker("stop", CONTAINER).returncode == 0
+    deadline = time.monotonic() + 10  # Docker removes a container a moment after it has ended.
+    while is_there() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_there()
+
+
+class TestDetached:
+    def test_detach_prints_the_table(self, container):
+        border, header, line, model, end = container.splitlines()
+        assert border == line == end and re.fullmatch(r"\| Model *\| Version *\| Status *\|", header)
+        assert re.fullmatch(READY, model)
+
+    def test_client_asks_the_container(self, container):
+        result = subprocess.run([sys.executable, ROOT / "triton-infer.py"], capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout == "HTTP Service | Prediction: 7\ngRPC Service | Prediction: 7\n"
+
+    def test_only_this_machine_can_ask(self, container):
+        assert is_ready(HOST)
+        assert not is_ready("127.0.0.2")
+
+    def test_triton_runs_without_privileges(self, container):
+        status = docker("exec", CONTAINER, "cat", "/proc/1/status").stdout
+        assert status.startswith("Name:\ttritonserver\n")
+        assert re.search(r"^Uid:\t1000\t1000\t1000\t1000$", status, re.MULTILINE)
+        assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
+        assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
+
+    def test_repository_is_read_only(self, container):
+        result = docker("exec", "--user=root", CONTAINER, "touch", f"/models/{MODEL_NAME}/config.pbtxt")
+        assert result.returncode != 0 and "Read-only file system" in result.stderr
+
+    def test_second_start_is_refused(self, container, repository):
+        result = serve("--model-repository", repository)
+        assert (result.returncode, result.stdout) == (1, "")
+        sentence = f"triton_cpu.sh: the container {CONTAINER} is already running: run 'docker stop {CONTAINER}' first\n"
+        assert result.stderr == sentence
+        assert is_ready(HOST)
+
+
+def test_listen_opens_the_ports(image, repository):
+    result = serve("--detach", "--listen", "0.0.0.0", "--model-repository", repository)
+    try:
+        assert result.returncode == 0, result.stderr
+        assert is_ready("127.0.0.2")
+    finally:
+        docker("stop", CONTAINER)
+
+
+def test_model_that_does_not_load(image, tmp_path):
+    model = copy_configuration(tmp_path)
+    (model / "1" / "model.savedmodel").mkdir(parents=True)
+    (model / "1" / "model.savedmodel" / "saved_model.pb").write_bytes(b"no model")
+    tmp_path.chmod(0o755)
+    result = serve("--detach", "--model-repository", tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "UNAVAILABLE" in result.stderr
+    assert result.stderr.endswith("triton_cpu.sh: Triton ended before the models were READY: its log stands above\n")
+    assert not is_there()
+
+
+def test_interrupt_stops_it(image, repository, tmp_path):
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = subprocess.Popen([SCRIPT, "--model-repository", repository], stdout=log, stderr=log)
+    wait_until(lambda: is_there() and is_ready(HOST), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert re.search(READY, (tmp_path / "log.txt").read_text())
+    assert not is_there()
+
+
+def test_ctrl_c_on_a_terminal_stops_it(image, repository):
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen([SCRIPT, "--model-repository", repository], stdin=terminal, stdout=terminal)
+    os.close(terminal)
+    printed = []
+    reader = threading.Thread(target=read_all, args=(controller, printed))
+    reader.start()
+    wait_until(lambda: is_there() and is_ready(HOST), process)
+    os.write(controller, b"\x03")
+    assert process.wait(60) == 0
+    reader.join(10)
+    os.close(controller)
+    assert re.search(READY.encode(), b"".join(printed))
+    assert not is_there()
+
+
+def read_all(terminal, printed):
+    """Read what a terminal shows until the last program on it has ended, which Linux reports as an OSError."""
+    try:
+        while True:
+            printed.append(os.read(terminal, 4096))
+    except OSError:
+        return
