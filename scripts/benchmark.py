@@ -103,7 +103,7 @@ def picture():
     """Return the sample picture as MNIST stores it: a tensor (1, 28, 28, 1) float32, and the bytes of a 28x28 PNG."""
     pixels = preprocess(open_image(SAMPLE_IMAGE))
     png = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0].astype(np.uint8)).save(png, "PNG")
+    Image.fromarray(pixels[:, :, 0].round().astype(np.uint8)).save(png, "PNG")
     return pixels[None], png.getvalue()
 
 
