@@ -387,7 +387,7 @@ def describe_machine(args, triton_version):
         f"{platform.system()} {platform.release().partition('-')[0]}, Python {platform.python_version()}, "
         f"Flask {version('flask')}, granian {version('granian')}",
         f"LiteRT {version('ai-edge-litert')}, Triton {triton_version}",
-        f"h2load {h2load} asks, on the same cores; medians of {args.rounds} rounds of {args.seconds} s",
+        f"h2load {h2load} asks, on the same cores; medians of {args.rounds} x {args.seconds} s",
     ]
 
 
