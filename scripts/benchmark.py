@@ -480,10 +480,15 @@ def positive(text):
     return int(text)
 
 
+def terminate(number, frame):
+    """End on SIGTERM as on an error, all servers stopped; a second SIGTERM does not keep them from it."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
-    # `kill` and `timeout` too shall leave no server behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, terminate)
     try:
         newest_version(args.model_repository / MODEL_NAME)
         with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
