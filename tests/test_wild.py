@@ -31,8 +31,8 @@ COUNT = int(os.environ.get("WILD_COUNT", "20"))
 SLACK = 0 if COUNT >= 200 else 2 * math.sqrt(0.03 * 0.97 / COUNT)
 # What every kind and their mean must reach. 200 of each held-out kind gave 95.0 % at least and 98.6 % on average.
 DEVELOPED_ON, UNSEEN = (0.97, 0.99), (0.93, 0.98)
-# A model that has seen handwriting only takes a printed 1, which has a flag, for a 7: 80 % is all it reads.
-PRINTED = 0.75
+# A model that has seen handwriting only takes many a printed 1 without a foot for a 7: 95 % of 200 is what it reads.
+PRINTED = 0.90
 
 
 @pytest.fixture(scope="module")
