@@ -303,3 +303,13 @@ def test_exported_model_is_deterministic(exported, keras_model, mnist_test):
     one_by_one = [model.predict({INPUT_NAME: picture[None]})[OUTPUT_NAME][0] for picture in pictures]
     np.testing.assert_allclose(one_by_one, first, rtol=0, atol=1e-6)
     np.testing.assert_allclose(keras_model.predict(pictures, verbose=0), first, rtol=0, atol=1e-5)
+
+
+def test_printed_digits_are_mnist_like_and_a_third_are_ones():
+    pictures, digits = train.printed(60, seed=0)
+    assert pictures.shape == (60, 28, 28, 1)
+    assert (pictures.dtype, digits.dtype) == (np.uint8, np.uint8)
+    assert set(digits) == set(range(10))
+    assert (digits == 1).sum() >= 20
+    again, _ = train.printed(60, seed=0)
+    np.testing.assert_array_equal(pictures, again)
