@@ -164,26 +164,32 @@ def plain(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Return numbers of any range as 0 to 255; what is not a finite number becomes the median."""
+    """Return numbers of any range as 0 to 255; what is not a finite number becomes the median.
+
+    A sensor's few dead pixels, one in ten thousand, do not count for the range.
+    """
     finite = np.isfinite(values)
     if not finite.any():
         raise NoDigitError("the picture holds no finite number")
     values = values.astype(np.float64)
     values[~finite] = np.median(values[finite])
-    return np.uint8((values - values.min()) * (255 / max(np.ptp(values), 1e-300)))
+    few = values.size // 10_000
+    ordered = np.partition(values, (few, -1 - few), axis=None)
+    low, high = ordered[few], ordered[-1 - few]
+    return np.uint8((values.clip(low, high) - low) * (255 / max(high - low, 1e-300)))
 
 
 def on_paper(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Return (height, width, 1 or 3) without alpha: what is opaque is either ink of any colour, or a page."""
-    opaque = alpha > 127
-    if not opaque.any():
+    if not alpha.any():
         raise NoDigitError("the picture is transparent everywhere")
+    opaque = alpha > alpha.max() / 2
     colour = np.median(colours[opaque], axis=0)
     # A page has straight sides, and other colours well inside of it: an ink's edges may be blended with another colour.
     reach = max(2, int(max(opaque.any(0).sum(), opaque.any(1).sum())) // 20)
     inside = np.asarray(Image.fromarray(np.uint8(opaque) * 255).filter(ImageFilter.BoxBlur(reach))) == 255
     drawn = inside & (np.abs(colours - colour).max(axis=-1) > 40)
-    if drawn.sum() < 0.003 * opaque.sum() or opaque.sum() < 0.96 * filled(opaque).sum():
+    if drawn.sum() < 0.003 * opaque.sum() or not four_sided(opaque):
         return 255 - alpha[..., None]
     return np.uint8(colour + (colours - colour) * (alpha[..., None] / np.float32(255)))
 
@@ -306,10 +312,13 @@ def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
         axis = axis if (value * value * value).sum() > 0 else -axis  # Ink is the side with the few large values.
         threshold, separation = otsu(difference @ axis)
         tries.append((separation, (difference @ axis > threshold).sum(), paper, axis))
+    paper, axis = tries[0][2:]
     # Thick strokes fill more than half somewhere: then even paper separates better, with a little more ink, not a
-    # shadow's worth of it.
-    better = tries[1][0] > tries[0][0] and tries[1][1] < 2.5 * tries[0][1]
-    paper, axis = tries[int(better)][2:]
+    # shadow's worth of it. A shadow shows at the rim, too.
+    spread = np.percentile(np.abs((rim - even[0, 0]) @ tries[1][3]), 75)
+    is_even = spread < 0.1 * np.abs((sample - even[0, 0]) @ tries[1][3]).max()
+    if is_even and tries[1][0] > tries[0][0] and tries[1][1] < 2.5 * tries[0][1]:
+        paper, axis = tries[1][2:]
     return np.where(inside, pixels @ axis - enlarged((paper @ axis)[..., None], image.size), 0)
 
 
