@@ -193,7 +193,8 @@ def on_paper(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     # A page has straight sides, and other colours well inside of it: an ink's edges may be blended with another colour.
     reach = max(2, int(max(opaque.any(0).sum(), opaque.any(1).sum())) // 20)
     inside = np.asarray(Image.fromarray(np.uint8(opaque) * 255).filter(ImageFilter.BoxBlur(reach))) == 255
-    drawn = inside & (np.abs(colours - colour).max(axis=-1) > 40)
+    difference = np.float32(colours) - np.float32(colour)
+    drawn = inside & (np.square(difference) @ np.ones(len(colour), np.float32) > 40**2)
     if drawn.sum() < 0.003 * opaque.sum() or not four_sided(opaque):
         return 255 - alpha[..., None]
     return np.uint8(colour + (colours - colour) * (alpha[..., None] / np.float32(255)))

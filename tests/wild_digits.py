@@ -615,7 +615,7 @@ def main(argv=None) -> int:
     parser.add_argument("--contact-sheet", metavar="FILE", required=True, help="the picture to write")
     arguments = parser.parse_args(argv)
     try:
-        contact_sheet().save(arguments.contact_sheet, optimize=True)
+        contact_sheet().quantize(256, dither=Image.Dither.NONE).save(arguments.contact_sheet, optimize=True)
     except OSError as error:
         print(f"cannot write {arguments.contact_sheet}: {error.strerror}", file=sys.stderr)
         return 1
