@@ -325,7 +325,7 @@ def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     is_even = max(np.percentile(at_rim, 75), np.percentile(anywhere, 25)) < 0.1 * anywhere.max()
     if is_even and tries[1][0] > tries[0][0] and tries[1][1] < 2.5 * tries[0][1]:
         paper, axis = tries[1][2:]
-    return np.where(inside, pixels @ axis - enlarged((paper @ axis)[..., None], image.size), 0)
+    return (pixels @ axis - enlarged((paper @ axis)[..., None], image.size)) * inside
 
 
 def enlarged(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
