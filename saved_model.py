@@ -44,7 +44,7 @@ def versions(model_directory) -> list[int]:
     """Return the version numbers in a model's directory, oldest first. Triton's rule: digits, no leading zero."""
     directory = Path(model_directory)
     names = [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and not name.startswith("0"))
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name[0] != "0")
 
 
 def newest_version(model_directory) -> Path:
@@ -89,7 +89,10 @@ class SavedModel:
         else:
             signature, self._lite = _convert_in_child(self._path)
             self.inputs, self.outputs = (
-                {name: TensorSpec(dtype, shape and tuple(shape)) for name, (dtype, shape) in signature[key].items()}
+                {
+                    name: TensorSpec(dtype, None if shape is None else tuple(shape))
+                    for name, (dtype, shape) in signature[key].items()
+                }
                 for key in ("inputs", "outputs")
             )
             self.runtime = "LiteRT on the CPU" if self._lite else f"TensorFlow on the CPU: {signature['reason']}"
@@ -199,15 +202,20 @@ def _lite_runner(content):
 
 
 def _examples(specs, batch_size):
-    """Return a batch for each TensorSpec: every other example in 0…1, the others in 0…255, as models are fed."""
+    """Return a batch for each TensorSpec: every other example in 0…255, the others in 0…1, as models are fed.
+
+    Raises ModelError for a dtype that NumPy lacks.
+    """
     random = np.random.default_rng(0)
     examples = {}
     for name, (dtype, shape) in specs.items():
-        sizes = [batch_size if size is None else size for size in shape or ()]
-        values = random.random(sizes)
+        values = random.random([batch_size if size is None else size for size in shape or ()])
         if values.ndim:
             values[::2] *= 255
-        examples[name] = values.astype(str).astype(object) if dtype == "string" else values.astype(dtype)
+        try:
+            examples[name] = values.astype(str).astype(object) if dtype == "string" else values.astype(dtype)
+        except TypeError as error:
+            raise ModelError(f"there are no examples of {dtype}") from error
     return examples
 
 

@@ -60,6 +60,8 @@ def infer(client_module, url, model_name, batch, timeout):
         if error.status() == "StatusCode.UNAVAILABLE":
             raise ServerError(f"no Triton answers at {url} ({what}): start it with scripts/triton_local.sh") from error
         raise ServerError(f"Triton at {url} did not answer: {what}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServerError(f"what answers at {url} is not Triton: stop it, or give Triton's address") from error
 
 
 def check_model(client_module, client, model_name, call_options):
@@ -94,15 +96,22 @@ def parse_args(argv=None):
             help="where Triton is",
         )
     parser.add_argument("--model-name", default=MODEL_NAME, metavar="NAME", help="the model to ask")
-    parser.add_argument("--timeout", type=float, default=10, metavar="SECONDS", help="how long to wait for an answer")
+    parser.add_argument("--timeout", type=seconds, default=10, metavar="SECONDS", help="how long to wait for an answer")
     return parser.parse_args(argv, argparse.Namespace(images=[SAMPLE_IMAGE]))
 
 
 def host_and_port(text):
     host, _, port = text.rpartition(":")
-    if not host or "/" in text or not port.isdecimal():
+    if not host or "/" in text or not port.isdecimal() or int(port) not in range(1, 2**16):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form HOST:PORT")
     return text
+
+
+def seconds(text):
+    number = float(text)
+    if not 0 < number <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 to 86400")
+    return number
 
 
 def main(argv=None) -> int:

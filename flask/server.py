@@ -37,6 +37,7 @@ from mnist_preprocess import (
 from saved_model import SAVED_MODEL, ModelError, SavedModel, newest_version
 
 MAX_UPLOAD = 32 * 2**20  # Bytes: a 50-megapixel JPEG fits.
+MAX_DROPPED = 8 * MAX_UPLOAD
 DRAIN_SECONDS = 0.5  # How long a stopping worker tells its clients that it closes the connection.
 
 
@@ -84,8 +85,9 @@ class Worker:
     server. Here Rust and the event loop wait for any number of them, and the application finds its upload complete.
     """
 
-    def __init__(self, app):
+    def __init__(self, app, parent):
         self.app = app
+        self.parent = parent
         self.draining = False
 
     def __rsgi_init__(self, loop):
@@ -94,6 +96,14 @@ class Worker:
         # granian stops a worker on SIGTERM as on SIGINT, and at once: a client that has just connected, or that is
         # about to send its next request, loses it. So SIGTERM drains the worker first, and SIGINT then stops it.
         loop.add_signal_handler(signal.SIGTERM, self.drain, loop)
+        self.watch_parent(loop)
+
+    def watch_parent(self, loop):
+        """Stop soon after the main process was killed: without it, a worker would hold the port for ever."""
+        if os.getppid() == self.parent:
+            loop.call_later(1, self.watch_parent, loop)
+        else:
+            self.drain(loop)
 
     def drain(self, loop):
         """Take no more connections, let the answers on the open ones say that they are the last, then stop."""
@@ -136,16 +146,21 @@ class Worker:
 
 
 async def read_body(headers, protocol):
-    """Return what was uploaded, and whether that is all of it: nothing is read past MAX_UPLOAD."""
+    """Return what was uploaded, and whether that is all of it: no more than MAX_UPLOAD is kept.
+
+    What is too large is read on and dropped, up to MAX_DROPPED: most clients read no answer before they have sent all.
+    """
     length = headers.get("content-length")
-    if length is not None:
-        return (await protocol(), True) if int(length) <= MAX_UPLOAD else (b"", False)
-    body = bytearray()
+    if length is not None and int(length) <= MAX_UPLOAD:
+        return await protocol(), True
+    body, size = bytearray(), 0
     async for chunk in protocol:
-        body += chunk
-        if len(body) > MAX_UPLOAD:
-            return b"", False
-    return bytes(body), True
+        size += len(chunk)
+        if size > MAX_DROPPED:
+            break
+        if size <= MAX_UPLOAD:
+            body += chunk
+    return (bytes(body), True) if size <= MAX_UPLOAD else (b"", False)
 
 
 def close_listeners():
@@ -161,10 +176,13 @@ def close_listeners():
             os.dup2(nothing, number)
 
 
-def load_worker(model):
-    """Return what a granian worker serves, its model warm before the worker opens the port."""
+def load_worker(model, parent):
+    """Return what a granian worker of the process `parent` serves, its model warm before the worker opens the port."""
+    # Until it serves, SIGTERM just ends it: the handler inherited from the main process would swallow the signal, and
+    # the main process wait for ever for a worker that goes on.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model.warm_up()
-    return Worker(create_app(model))
+    return Worker(create_app(model), parent)
 
 
 def parse_args(argv=None):
@@ -208,7 +226,7 @@ def main(argv=None) -> int:
         respawn_failed_workers=True,
     )
     # Fork or pickle hands the converted model to each worker, and to each that replaces a dead one.
-    server.serve(target_loader=partial(load_worker, model), wrap_loader=False)
+    server.serve(target_loader=partial(load_worker, model, os.getpid()), wrap_loader=False)
     return 0
 
 

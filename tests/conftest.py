@@ -1,4 +1,4 @@
-"""What the tests share: a trained model, the real Triton server, and the rule for what is missing."""
+"""What the tests share: a trained model, the real servers, and the rule for what is missing."""
 
 import os
 import re
@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -101,14 +103,84 @@ def copy_configuration(repository):
     return model
 
 
+@dataclass
+class FlaskServer:
+    """A `python flask/server.py` of the tests': its port, its process and its log."""
+
+    port: int
+    process: subprocess.Popen
+    log: Path
+
+    def connect(self):
+        return HTTPConnection(HOST, self.port, timeout=60)
+
+
+@contextmanager
+def flask_server(log, repository, *options):
+    """Start flask/server.py on a free port, wait until it answers and stop it at the end, if the test did not."""
+    (port,) = free_ports(1)
+    command = [sys.executable, ROOT / "flask" / "server.py", f"--port={port}", "--model-repository", repository]
+    # A process group of its own, so that a test can press Ctrl-C.
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True)
+    server = FlaskServer(port, process, log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(server):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the Flask server did not become ready:\n{log.read_text()}")
+            time.sleep(0.05)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+
+def answers(server):
+    connection = server.connect()
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status == 404
+    except ConnectionError:
+        return False
+    finally:
+        connection.close()
+
+
 @pytest.fixture(scope="session")
-def trained_repository(tmp_path_factory):
-    """A model repository of the tests' own, with the project's configuration and a version 1 trained by train.py."""
+def mnist_test():
+    """MNIST's test pictures (10000, 28, 28, 1) uint8 and their digits (10000,) uint8."""
+    import train
+
+    return train.prepare(train.DATA)[1]
+
+
+@pytest.fixture(scope="session")
+def keras_model():
+    """The model of train.py, trained for one short epoch."""
+    import keras
+
+    import train
+
+    pictures, digits = train.prepare(train.DATA, 10_000)[0]
+    keras.utils.set_random_seed(0)
+    model = train.build()
+    train.train(model, pictures, digits, epochs=1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def trained_repository(keras_model, mnist_test, tmp_path_factory):
+    """A model repository of the tests' own, with the project's configuration and keras_model as version 1."""
+    import train
+
     repository = tmp_path_factory.mktemp("trained")
-    copy_configuration(repository)
-    command = [sys.executable, ROOT / "train.py", "--train-size=10000", "--epochs=1", "--model-repository", repository]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    train.publish(keras_model, copy_configuration(repository), mnist_test[0][:100])
     return repository
 
 

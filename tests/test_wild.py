@@ -30,8 +30,8 @@ COUNT = int(os.environ.get("WILD_COUNT", "20"))
 # By chance a few pictures more may be wrong: two standard deviations, which are 2.4 % of 200 pictures and 7.6 % of 20.
 SLACK = 0 if COUNT >= 200 else 2 * math.sqrt(0.03 * 0.97 / COUNT)
 LOWEST, LOWEST_MEAN = 0.97, 0.99  # What every kind and their mean must reach, held out or not.
-# A model that has seen handwriting only takes a printed 1, which has a flag, for a 7: 80 % is all it reads.
-PRINTED = 0.75
+# A model that has seen handwriting only takes many a printed 1 without a foot for a 7: 95 % of 200 is what it reads.
+PRINTED = 0.90
 
 
 @pytest.fixture(scope="module")

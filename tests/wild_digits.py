@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
@@ -49,13 +50,25 @@ def traced(picture: np.ndarray, size: int) -> np.ndarray:
     return np.clip((smooth - 0.5) * max(1.0, scale / 2) + 0.5, 0, 1)
 
 
-def set_in_font(digit: int, size: int, bold: int, slant: float) -> np.ndarray:
-    """Return the ink of a digit in Pillow's own font, `bold` pixels fatter, sheared by `slant`."""
-    font = ImageFont.load_default(size * 1.4)
+# Fonts that train.py does not use: matplotlib brings them along, so that they are the same on every machine.
+FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
+
+
+def set_in_font(name: str, digit: int, size: int, slant: float) -> np.ndarray:
+    """Return the ink of a digit in one of FONTS, sheared by `slant`."""
+    font = ImageFont.truetype(str(FONTS / f"{name}.ttf"), size * 1.4)
     canvas = Image.new("L", (3 * size, 3 * size))
-    ImageDraw.Draw(canvas).text((size, size // 2), str(digit), 255, font, stroke_width=bold)
+    ImageDraw.Draw(canvas).text((1.5 * size, 1.5 * size), str(digit), 255, font, anchor="mm")
     canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, (1, slant, -1.5 * slant * size, 0, 1, 0))
     return np.asarray(canvas.crop(canvas.getbbox()), np.float32) / 255
+
+
+def without_foot(ink: np.ndarray) -> np.ndarray:
+    """Return a printed 1 without the bar below, as Arial, Helvetica and Roboto have it: only a flag and a stem."""
+    width = (ink > 0.5).sum(axis=1)
+    stem = ink.shape[0] * 3 // 4  # A row that shows the stem alone.
+    end = next(row for row in range(stem, ink.shape[0]) if width[row] > 1.3 * width[stem])
+    return ink[:end, (ink[:end] > 0).any(axis=0)]
 
 
 def dilated(ink: np.ndarray, pixels: int) -> np.ndarray:
@@ -419,8 +432,11 @@ def at_the_edge(rng, digit):
 
 
 def printed(rng, digit, label):
-    """The digit set in a font."""
-    ink = set_in_font(label, int(rng.integers(90, 200)), int(rng.integers(0, 5)), rng.uniform(-0.1, 0.35))
+    """The digit set in a font, the 1 with and without a foot."""
+    family = rng.choice(["DejaVuSans", "DejaVuSansMono", "DejaVuSerif"])
+    ink = set_in_font(family + rng.choice(["", "-Bold"]), label, int(rng.integers(90, 180)), rng.uniform(-0.1, 0.3))
+    if label == 1 and rng.random() < 0.5:
+        ink = without_foot(ink)
     return encoded(painted(placed(rng, ink, 320, 320), (250, 250, 250), gray_pen(rng)))
 
 

@@ -1,0 +1,242 @@
+"""saved_model.py: which version is the newest, LiteRT's answers against TensorFlow's, and what falls back or fails."""
+
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from saved_models import save
+
+from mnist_preprocess import INPUT_NAME, MODEL_NAME, OUTPUT_NAME, ROOT
+from saved_model import MAX_SHAPES, SAVED_MODEL, ModelError, SavedModel, newest_version, versions
+
+
+@pytest.fixture(scope="module")
+def trained(trained_repository):
+    return trained_repository / MODEL_NAME / "1" / SAVED_MODEL
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return SavedModel(trained)
+
+
+@pytest.fixture(scope="module")
+def pictures(mnist_test):
+    return mnist_test[0][:1000].astype(np.float32)
+
+
+def predict(model, pictures):
+    return model.predict({INPUT_NAME: pictures})[OUTPUT_NAME]
+
+
+def test_versions_are_folders_of_digits_in_the_order_of_numbers(tmp_path):
+    for name in ("1", "9", "10", "02", "0", "latest", ".3", "4.tmp", "-5", "6a", "²", "٣"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "11").write_text("a file")
+    assert versions(tmp_path) == [1, 9, 10]
+    assert newest_version(str(tmp_path)) == tmp_path / "10"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_no_version(tmp_path, exists):
+    directory = tmp_path if exists else tmp_path / "missing"
+    assert versions(directory) == []
+    with pytest.raises(ModelError) as error:
+        newest_version(directory)
+    assert str(error.value) == f"no trained model in {directory}: run 'python train.py' first"
+
+
+def test_litert_answers_as_tensorflow_does(model, trained, pictures):
+    assert model.runtime == "LiteRT on the CPU"
+    assert model.inputs == {INPUT_NAME: ("float32", (None, 28, 28, 1))}
+    assert model.outputs == {OUTPUT_NAME: ("float32", (None, 10))}
+    on_tensorflow = SavedModel(trained, "/CPU:0")
+    assert on_tensorflow.runtime == "TensorFlow on /CPU:0"
+    answers = predict(model, pictures)
+    assert (answers.shape, answers.dtype) == ((1000, 10), np.float32)
+    np.testing.assert_allclose(answers, predict(on_tensorflow, pictures), rtol=0, atol=1e-5)
+
+
+def test_batches_of_every_size_give_the_same_rows(model, pictures):
+    expected = predict(model, pictures[:20])
+    for size in range(1, 21):
+        np.testing.assert_allclose(predict(model, pictures[:size]), expected[:size], rtol=0, atol=1e-6)
+
+
+def test_answers_belong_to_the_caller(model, pictures):
+    first = predict(model, pictures[:1])
+    copy = first.copy()
+    predict(model, pictures[1:2])
+    assert np.array_equal(first, copy)
+
+
+def test_many_threads_at_once(model, pictures):
+    expected = predict(model, pictures)
+    sizes = np.random.default_rng(0).integers(1, 5, 400)
+
+    def ask(place):
+        start = place * 7 % 990
+        rows = slice(start, start + sizes[place])
+        return np.abs(predict(model, pictures[rows]) - expected[rows]).max()
+
+    with ThreadPoolExecutor(16) as pool:
+        assert max(pool.map(ask, range(400))) < 1e-5
+
+
+def test_pickled_and_forked_models_answer(model, pictures):
+    expected = predict(model, pictures[:3])
+    copy = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(predict(copy, pictures[:3]), expected)
+    assert (copy.runtime, copy.inputs, copy.outputs) == (model.runtime, model.inputs, model.outputs)
+
+
+FORKED = """
+import multiprocessing, sys
+import numpy as np
+from saved_model import SavedModel
+model = SavedModel(sys.argv[1])
+batch = {"input_1": np.zeros((1, 28, 28, 1), np.float32)}
+def ask(queue):
+    queue.put(model.predict(batch)["output_1"].sum())
+queue = multiprocessing.get_context("fork").SimpleQueue()
+child = multiprocessing.get_context("fork").Process(target=ask, args=(queue,))
+child.start()
+print(queue.get(), model.predict(batch)["output_1"].sum())
+child.join()
+print("tensorflow" in sys.modules)
+print(open("/proc/self/status").read().partition("VmRSS:")[2].split()[0])
+"""
+
+
+def test_litert_process_forks_stays_small_and_never_imports_tensorflow(trained):
+    command = [sys.executable, "-c", FORKED, trained]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    sums, imported, kibibytes = result.stdout.splitlines()
+    assert [float(number) for number in sums.split()] == pytest.approx([1, 1], abs=1e-5)
+    assert imported == "False"
+    assert int(kibibytes) < 100_000
+
+
+def test_kept_interpreters_are_bounded(trained, pictures):
+    model = SavedModel(trained)
+    for size in range(1, MAX_SHAPES + 20):
+        predict(model, pictures[:size])
+        assert len(model._interpreters) <= MAX_SHAPES
+
+
+def random_rows(x):
+    return {"y": x + tf.random.uniform(tf.shape(x))}
+
+
+def doubled(x):
+    return {"y": 2 * x}
+
+
+def texts(x):
+    return {"y": tf.strings.join([x, "!"])}
+
+
+def total(x):
+    return {"y": tf.reduce_sum(x, axis=1, keepdims=True)}
+
+
+def beta(x):
+    return {"y": tf.math.betainc(x, x + 1.0, tf.fill(tf.shape(x), 0.5))}
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "dtype", "reason"),
+    [
+        (texts, [None, 1], tf.string, ""),
+        (total, [None, None], tf.float32, "LiteRT is used where only the first size of each tensor is open"),
+        (doubled, None, tf.float32, "LiteRT is used where only the first size of each tensor is open"),
+        (beta, [None, 3], tf.float32, ""),
+        (random_rows, [None, 3], tf.float32, "differ by more than"),
+    ],
+)
+def test_what_litert_cannot_run_tensorflow_runs(tmp_path, function, shape, dtype, reason):
+    tf.random.set_seed(None)  # With a seed, which other tests set, LiteRT would draw TensorFlow's random numbers.
+    save(tmp_path, "model", function, x=(shape, dtype))
+    path = tmp_path / "model" / "1" / SAVED_MODEL
+    model = SavedModel(path)
+    prefix = "TensorFlow on the CPU: "
+    assert model.runtime.startswith(prefix)
+    assert reason in model.runtime
+    assert len(model.runtime) > len(prefix)
+    assert "\n" not in model.runtime
+    if dtype is tf.string:
+        answer = model.predict({"x": np.array([[b"a"], [b"b"]], object)})["y"]
+        assert answer.tolist() == [[b"a!"], [b"b!"]]
+    else:
+        x = np.array([[0.5, 0.25, 0.75]] * 2, np.float32)
+        answer = model.predict({"x": x})["y"]
+        if function is random_rows:
+            assert ((x <= answer) & (answer < x + 1)).all()
+        else:
+            np.testing.assert_allclose(answer, function(x)["y"], rtol=1e-6)
+
+
+def test_missing_saved_model(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ModelError, match="it has no saved_model"):
+            SavedModel(path)
+
+
+def is_sentence(error, *parts):
+    text = str(error.value)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    for part in parts:
+        assert str(part) in text
+
+
+@pytest.mark.parametrize("device", [None, "/CPU:0"])
+@pytest.mark.parametrize("content", [b"", b"damaged", b"\x08\x01" * 100])
+def test_damaged_saved_model(tmp_path, content, device):
+    (tmp_path / "saved_model.pb").write_bytes(content)
+    with pytest.raises(ModelError) as error:
+        SavedModel(tmp_path, device)
+    is_sentence(error, tmp_path)
+
+
+def test_saved_model_without_the_signature(tmp_path):
+    tf.saved_model.save(tf.Module(), str(tmp_path))
+    with pytest.raises(ModelError) as error:
+        SavedModel(tmp_path)
+    is_sentence(error, f"the SavedModel in {tmp_path} has no signature 'serving_default'")
+
+
+PICTURE = np.zeros((1, 28, 28, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({}, "the model takes the inputs ['input_1'], not []"),
+        ({"input_2": PICTURE}, "the model takes the inputs ['input_1'], not ['input_2']"),
+        ({"input_1": PICTURE, "input_2": PICTURE}, "not ['input_1', 'input_2']"),
+        ({"input_1": PICTURE[0]}, "input input_1 is float32 (None, 28, 28, 1), not float32 (28, 28, 1)"),
+        ({"input_1": PICTURE[:, :27]}, "not float32 (1, 27, 28, 1)"),
+        ({"input_1": PICTURE.astype(np.uint8)}, "not uint8 (1, 28, 28, 1)"),
+        ({"input_1": PICTURE.astype(np.float64)}, "not float64 (1, 28, 28, 1)"),
+        ({"input_1": PICTURE.astype(str)}, "input input_1 is float32 (None, 28, 28, 1), not"),
+    ],
+)
+@pytest.mark.parametrize("device", [None, "/CPU:0"])
+def test_inputs_that_do_not_fit(request, trained, model, inputs, sentence, device):
+    with pytest.raises(ModelError) as error:
+        (SavedModel(trained, device) if device else model).predict(inputs)
+    is_sentence(error, sentence)
+
+
+def test_inputs_that_litert_refuses_spoil_nothing(model, pictures):
+    expected = predict(model, pictures[:1])
+    with pytest.raises(ModelError) as error:
+        predict(model, PICTURE[:0])
+    is_sentence(error, "LiteRT cannot run the model on these inputs: ")
+    assert np.array_equal(predict(model, pictures[:1]), expected)

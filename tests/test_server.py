@@ -1,0 +1,431 @@
+"""flask/server.py: its answers, through Flask's client, and the server itself, with slow, rude and many clients."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+
+import flask
+import numpy as np
+import pytest
+from conftest import flask_server, free_ports
+from PIL import Image
+from server import MAX_UPLOAD, create_app
+
+from mnist_preprocess import HOST, INPUT_NAME, MODEL_NAME, OUTPUT_NAME, ROOT, SAMPLE_IMAGE, open_image, preprocess
+
+SCRIPT = ROOT / "flask" / "server.py"
+BOUNDARY = "boundary"
+HEADERS = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+CLIENTS = 16
+
+
+def form(upload, field="image"):
+    """Return an upload as curl -F sends it, its headers being HEADERS."""
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{field}"; filename="digit.png"\r\n\r\n'
+    return head.encode() + upload + f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def png_that_claims(width, height):
+    """Return a PNG whose header promises a size that its pixels do not have."""
+    broken = bytearray(SAMPLE_IMAGE.read_bytes())
+    broken[16:24] = struct.pack(">II", width, height)
+    broken[29:33] = struct.pack(">I", zlib.crc32(broken[12:29]))
+    return bytes(broken)
+
+
+SAMPLE = SAMPLE_IMAGE.read_bytes()
+DIGIT = png(np.asarray(open_image(SAMPLE_IMAGE).convert("L").resize((28, 28))))  # Quick to read, for many clients.
+SEVEN = b'{"Prediction":"7"}\n'
+
+
+class FakeModel:
+    """Sees a 7 in everything and remembers what it was given."""
+
+    def predict(self, inputs):
+        self.inputs = inputs
+        return {OUTPUT_NAME: np.array([[0, 0, 0.0625, 0, 0, 0, 0, 0.875, 0.0625, 0]], np.float32)}
+
+
+@pytest.fixture
+def model():
+    return FakeModel()
+
+
+@pytest.fixture
+def client(model):
+    return create_app(model).test_client()
+
+
+def test_flask_is_the_installed_package():
+    assert not (ROOT / "flask" / "__init__.py").exists()
+    assert not Path(flask.__file__).is_relative_to(ROOT / "flask")
+
+
+def test_answer_is_exactly_what_the_tutorial_shows(client, model):
+    answer = client.post("/mnist_infer", data=form(SAMPLE), headers=HEADERS)
+    assert (answer.status_code, answer.data, answer.mimetype) == (200, SEVEN, "application/json")
+    assert list(model.inputs) == [INPUT_NAME]
+    np.testing.assert_array_equal(model.inputs[INPUT_NAME], preprocess(open_image(SAMPLE_IMAGE))[None])
+    assert model.inputs[INPUT_NAME].dtype == np.float32
+
+
+def test_28x28_picture_reaches_the_model_bit_by_bit(client, model, mnist_test):
+    picture = mnist_test[0][0]
+    client.post("/mnist_infer", data=form(png(picture[..., 0])), headers=HEADERS)
+    assert np.array_equal(model.inputs[INPUT_NAME][0], picture)
+
+
+def test_details(client):
+    answer = client.post("/mnist_infer?details=1", data=form(SAMPLE), headers=HEADERS)
+    assert answer.json == {"Prediction": "7", "Probabilities": [0, 0, 0.0625, 0, 0, 0, 0, 0.875, 0.0625, 0]}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        pytest.param(b"", {}, 400, id="nothing"),
+        pytest.param(form(SAMPLE, "picture"), HEADERS, 400, id="other field"),
+        pytest.param(f"--{BOUNDARY}--\r\n".encode(), HEADERS, 400, id="empty form"),
+        pytest.param(form(b""), HEADERS, 400, id="empty file"),
+        pytest.param(form(b"This is no picture."), HEADERS, 400, id="text"),
+        pytest.param(form(SAMPLE[: len(SAMPLE) // 2]), HEADERS, 400, id="truncated"),
+        pytest.param(form(png_that_claims(100_000, 100_000)), HEADERS, 400, id="huge"),
+        pytest.param(form(png_that_claims(0, 0)), HEADERS, 400, id="no pixel"),
+        pytest.param(form(png(np.full((50, 50), 255, np.uint8))), HEADERS, 422, id="blank"),
+        pytest.param(SAMPLE, {"Content-Type": "image/png"}, 400, id="no form"),
+        pytest.param(form(SAMPLE), {"Content-Type": "multipart/form-data"}, 400, id="no boundary"),
+        pytest.param(b"image=digit.png", {"Content-Type": "application/x-www-form-urlencoded"}, 400, id="not a file"),
+        pytest.param(
+            *(form(SAMPLE)[:100], HEADERS, 400),
+            id="form cut off",
+            # Werkzeug leaves the temporary file of the half form to the garbage collector.
+            marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+        ),
+        pytest.param(form(bytes(MAX_UPLOAD)), HEADERS, 413, id="too large"),
+    ],
+)
+def test_bad_upload_is_one_sentence(client, body, headers, status):
+    answer = client.post("/mnist_infer", data=body, headers=headers)
+    assert answer.status_code == status
+    assert list(answer.json) == ["Error"]
+    assert answer.json["Error"]
+    assert "\n" not in answer.json["Error"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/no/such", 404), ("GET", "/mnist_infer", 405)])
+def test_wrong_address_or_method_is_one_sentence(client, method, path, status):
+    answer = client.open(path, method=method)
+    assert answer.status_code == status
+    assert "POST a picture to" in answer.json["Error"]
+
+
+def serve(*options):
+    """Run a server that is expected to end by itself."""
+    return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "options", [["--workers=0"], ["--workers=many"], ["--port=http"], ["--no-such-option"]], ids=lambda o: o[0]
+)
+def test_wrong_usage(options):
+    result = serve(*options)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: ")
+
+
+def refused(result):
+    """Return the one sentence of a server that did not start."""
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("server.py: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_busy_port(trained_repository, shared):
+    with socket.socket() as listener:
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((HOST, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        sentence = refused(serve(f"--port={port}", "--model-repository", trained_repository))
+    assert f"cannot listen on {HOST}:{port}" in sentence
+
+
+@pytest.mark.parametrize("option", ["--host=no.such.host.invalid", "--host=192.0.2.1", "--port=70000", "--port=-1"])
+def test_address_that_is_not_ours(trained_repository, option):
+    assert "cannot listen on" in refused(serve(option, "--model-repository", trained_repository))
+
+
+def test_missing_model(tmp_path):
+    (port,) = free_ports(1)
+    sentence = refused(serve(f"--port={port}", "--model-repository", tmp_path))
+    assert f"no trained model in {tmp_path / MODEL_NAME}: run 'python train.py' first" in sentence
+
+
+def test_damaged_model(tmp_path):
+    version = tmp_path / MODEL_NAME / "1" / "model.savedmodel"
+    version.mkdir(parents=True)
+    (version / "saved_model.pb").write_bytes(b"damaged")
+    (port,) = free_ports(1)
+    assert str(version) in refused(serve(f"--port={port}", "--model-repository", tmp_path))
+
+
+@pytest.fixture(scope="module")
+def server(trained_repository, tmp_path_factory):
+    """A server that the tests ask and leave running; its log is free of tracebacks in the end."""
+    with flask_server(tmp_path_factory.mktemp("flask") / "log", trained_repository, "--workers=2") as server:
+        yield server
+    assert server.process.returncode == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture
+def stoppable(trained_repository, tmp_path):
+    """A server that the test may stop."""
+    with flask_server(tmp_path / "log", trained_repository, "--workers=2") as server:
+        yield server
+
+
+def ask(server, path="/mnist_infer", body=None, **headers):
+    """Ask once, over a connection of its own; returns the status and the body."""
+    connection = server.connect()
+    try:
+        connection.request("POST", path, form(SAMPLE) if body is None else body, HEADERS | headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def processes(server):
+    """Return the pids of the server's workers."""
+    return [
+        int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    ]
+
+
+def memory(server):
+    """Return the resident memory of every worker in KiB, by its pid."""
+    found = {}
+    for pid in processes(server):
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        found[pid] = int(lines["VmRSS"].split()[0])
+    return found
+
+
+def test_curl_line_of_the_tutorial(server):
+    command = ["curl", "-sS", "-X", "POST", "-F", f"image=@{SAMPLE_IMAGE}", f"http://{HOST}:{server.port}/mnist_infer"]
+    if shutil.which("curl"):
+        assert subprocess.run(command, capture_output=True, check=True).stdout.startswith(b'{"Prediction":"')
+    status, body = ask(server, "/mnist_infer?details=1")
+    assert status == 200
+    assert sum(json.loads(body)["Probabilities"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_hanging_uploads_stop_nobody(server):
+    head = f"POST /mnist_infer HTTP/1.1\r\nHost: x\r\nContent-Type: {HEADERS['Content-Type']}\r\n"
+    head += f"Content-Length: {len(form(SAMPLE))}\r\n\r\n"
+    hanging = [socket.create_connection((HOST, server.port)) for _ in range(50)]
+    try:
+        for connection in hanging:
+            connection.sendall(head.encode() + form(SAMPLE)[:50])
+        start = time.monotonic()
+        assert [ask(server)[0] for _ in range(20)] == [200] * 20
+        assert time.monotonic() - start < 20
+        # Whoever goes on is answered too.
+        hanging[0].sendall(form(SAMPLE)[50:])
+        assert hanging[0].recv(100).startswith(b"HTTP/1.1 200")
+    finally:
+        for connection in hanging:
+            connection.close()
+    assert ask(server)[0] == 200  # The log of the fixture shows that the 49 left no traceback.
+
+
+def test_upload_past_the_limit(server):
+    before = memory(server)
+    (status, body) = ask(server, body=bytes(MAX_UPLOAD + 1))
+    assert (status, list(json.loads(body))) == (413, ["Error"])
+
+    # Without its length: endless, if the server let it.
+    chunk = b"100000\r\n" + bytes(2**20) + b"\r\n"
+    with socket.create_connection((HOST, server.port), timeout=60) as connection:
+        connection.sendall(
+            f"POST /mnist_infer HTTP/1.1\r\nHost: x\r\nContent-Type: {HEADERS['Content-Type']}\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        sent = 0
+        try:
+            while sent < 1000:
+                connection.sendall(chunk)
+                sent += 1
+        except ConnectionError:
+            pass  # The server has answered and closes the connection.
+        assert MAX_UPLOAD / 2**20 <= sent < 1000
+    after = memory(server)
+    assert after.keys() == before.keys()
+    assert max(after[pid] - before[pid] for pid in after) < 120 * 1024
+
+
+def keep_asking(server, enough, outcomes, reuse):
+    """Ask until told otherwise; count the answers, the refused connections, and the requests without an answer."""
+    connection = None
+    while not enough.is_set():
+        if connection is None:
+            connection = server.connect()
+            try:
+                connection.connect()
+            except ConnectionRefusedError:
+                outcomes["refused"] += 1
+                connection = None
+                time.sleep(0.01)
+                continue
+        try:
+            connection.request("POST", "/mnist_infer", form(DIGIT), HEADERS)
+            answer = connection.getresponse()
+            answer.read()
+            outcomes[answer.status] += 1
+            closed = answer.getheader("connection") == "close"
+        except (OSError, HTTPException) as error:
+            outcomes[f"lost: {type(error).__name__}"] += 1
+            closed = True
+        if closed or not reuse:
+            connection.close()
+            connection = None
+    if connection:
+        connection.close()
+
+
+def under_load(server, act, reuse):
+    """Act while 16 clients ask; return what became of their requests before and after, counted together."""
+    enough, outcomes = threading.Event(), [Counter() for _ in range(CLIENTS)]
+    clients = [threading.Thread(target=keep_asking, args=(server, enough, outcome, reuse)) for outcome in outcomes]
+    for client in clients:
+        client.start()
+    try:
+        wait_for(lambda: all(outcome[200] for outcome in outcomes))
+        act()
+    finally:
+        enough.set()
+        for client in clients:
+            client.join()
+    return sum(outcomes, Counter())
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within a minute"
+        time.sleep(0.05)
+
+
+def is_gone(pid):
+    return not Path("/proc", str(pid)).exists()
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["kept connections", "new connections"])
+@pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT to the group"])
+def test_stopping_loses_no_request(stoppable, stop, reuse):
+    workers = processes(stoppable)
+
+    def act():
+        if stop == "SIGTERM":
+            stoppable.process.send_signal(signal.SIGTERM)
+        else:
+            os.killpg(stoppable.process.pid, signal.SIGINT)
+        assert stoppable.process.wait(30) == 0
+
+    outcomes = under_load(stoppable, act, reuse)
+    # The kernel completes connections before granian accepts them: one that waits when the listener closes is reset.
+    # At most one of each client can, and none of the kept connections, over which an answer came before.
+    reset = 0 if reuse else outcomes.pop("lost: ConnectionResetError", 0)
+    assert reset <= CLIENTS
+    assert outcomes.keys() - {"refused"} == {200}, outcomes
+    wait_for(lambda: all(map(is_gone, workers)))
+    assert "Traceback" not in stoppable.log.read_text()
+
+
+def test_stopping_while_workers_start(trained_repository, tmp_path):
+    (port,) = free_ports(1)
+    command = [sys.executable, SCRIPT, f"--port={port}", "--model-repository", trained_repository, "--workers=4"]
+    log = tmp_path / "log"
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        wait_for(lambda: "Spawning worker-4" in log.read_text())
+        process.terminate()
+        try:
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["kept connections", "new connections"])
+def test_reloading_loses_no_request(stoppable, reuse):
+    workers = processes(stoppable)
+
+    def act():
+        stoppable.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: all(map(is_gone, workers)))
+
+    assert under_load(stoppable, act, reuse).keys() == {200}
+    assert len(processes(stoppable)) == len(workers)
+
+
+def test_killed_worker_is_replaced(stoppable):
+    workers = processes(stoppable)
+    os.kill(workers[0], signal.SIGKILL)
+    wait_for(lambda: len(set(processes(stoppable)) - set(workers)) == 1)
+    assert [ask(stoppable)[0] for _ in range(20)] == [200] * 20
+
+
+def test_killed_server_leaves_no_worker(stoppable):
+    workers = processes(stoppable)
+    stoppable.process.kill()
+    stoppable.process.wait()
+    wait_for(lambda: all(map(is_gone, workers)))
+
+
+def test_memory_does_not_grow(stoppable):
+    while len(served := memory(stoppable)) < 2:
+        time.sleep(0.1)
+    assert max(served.values()) < 100 * 1024  # Steady below 100 MB.
+    for _ in range(50):  # The kernel spreads new connections: each worker gets some.
+        ask(stoppable)
+    before = memory(stoppable)
+
+    def ask_often(count):
+        connection = stoppable.connect()
+        statuses = Counter()
+        for _ in range(count):
+            connection.request("POST", "/mnist_infer", form(DIGIT), HEADERS)
+            answer = connection.getresponse()
+            answer.read()
+            statuses[answer.status] += 1
+        connection.close()
+        return statuses
+
+    with ThreadPoolExecutor(64) as pool:
+        assert sum(pool.map(ask_often, [157] * 64), Counter()) == {200: 157 * 64}
+    after = memory(stoppable)
+    assert after.keys() == before.keys()
+    assert sum(after.values()) <= 1.1 * sum(before.values())
+    assert max(after.values()) < 100 * 1024
