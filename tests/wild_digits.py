@@ -585,7 +585,7 @@ test_digits.__test__ = False  # pytest: this is no test.
 def contact_sheet(examples: int = 2, columns: int = 5) -> Image.Image:
     """Return a picture of every kind's first uploads, each beside what the model sees of it."""
     pictures, digits = test_digits()
-    cell_width, cell_height, tile = 268, 30 + examples * 132, 124
+    cell_width, cell_height, tile = 268, 30 + examples * 132, 116
     font, heading = ImageFont.load_default(15), ImageFont.load_default(20)
     groups = (("Kinds used in development: upload, what the model sees", KINDS), ("Kinds held out", HELD_OUT))
     height = sum(44 + -(-len(kinds) // columns) * cell_height for _, kinds in groups) + 8
@@ -631,7 +631,7 @@ def main(argv=None) -> int:
     parser.add_argument("--contact-sheet", metavar="FILE", required=True, help="the picture to write")
     arguments = parser.parse_args(argv)
     try:
-        contact_sheet().quantize(256, dither=Image.Dither.NONE).save(arguments.contact_sheet, optimize=True)
+        contact_sheet().save(arguments.contact_sheet, optimize=True)
     except OSError as error:
         print(f"cannot write {arguments.contact_sheet}: {error.strerror}", file=sys.stderr)
         return 1
