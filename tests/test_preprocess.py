@@ -41,6 +41,12 @@ def with_bad_values() -> Image.Image:
     return Image.fromarray(values)
 
 
+def with_dead_pixels() -> Image.Image:
+    values = np.float32(1.0 - INK)
+    values[5, 5], values[60, 9] = 1e6, -1e6
+    return Image.fromarray(values)
+
+
 def transparent_palette() -> Image.Image:
     image = COLOUR.quantize(8)
     image.info["transparency"] = image.getpixel((0, 0))
@@ -61,6 +67,9 @@ MODES = {
     "RGB": lambda: COLOUR,
     "RGBA, opaque": lambda: COLOUR.convert("RGBA"),
     "RGBA, dark ink": lambda: with_alpha((30, 10, 10)),
+    "RGBA, faint ink": lambda: Image.merge(
+        "RGBA", [Image.new("L", GRAY.size)] * 3 + [Image.fromarray(np.uint8(INK * 90))]
+    ),
     "RGBA, light ink": lambda: with_alpha((255, 250, 200), 255),
     "RGBA, black ink on invisible black": lambda: with_alpha((0, 0, 0)),
     "RGBA, white ink on invisible white": lambda: with_alpha((255, 255, 255), 255),
@@ -72,6 +81,7 @@ MODES = {
     "I;16": lambda: numbers(np.uint16, 12000, 40000),
     "I": lambda: numbers(np.int32, -5_000_000, 70_000_000),
     "F": lambda: numbers(np.float32, -1e-3, 2e-3),
+    "F, dead pixels": with_dead_pixels,
     "F, huge": lambda: numbers(np.float32, -3e38, 3e38),
     "F, not numbers": with_bad_values,
 }
@@ -198,8 +208,15 @@ def test_an_unreadable_file_is_refused_with_a_sentence(upload):
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
-    with pytest.raises(ImageError, match="more than 80 million pixels"):
+    with pytest.raises(ImageError, match="more than 52 million pixels"):
         open_image(io.BytesIO(bomb()))
+
+
+def test_a_webp_is_held_to_fewer_pixels(monkeypatch):
+    monkeypatch.setattr(mnist_preprocess, "MAX_PIXELS_WEBP", COLOUR.width * COLOUR.height - 1)
+    with pytest.raises(ImageError, match="more than 0 million pixels"):
+        open_image(io.BytesIO(encoded(COLOUR, "WEBP")))
+    assert alike(open_image(io.BytesIO(encoded(COLOUR, "PNG"))))
 
 
 def test_a_missing_file_is_not_a_broken_picture(tmp_path):

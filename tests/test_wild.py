@@ -29,8 +29,7 @@ from saved_model import SAVED_MODEL, SavedModel, newest_version, versions
 COUNT = int(os.environ.get("WILD_COUNT", "20"))
 # By chance a few pictures more may be wrong: two standard deviations, which are 2.4 % of 200 pictures and 7.6 % of 20.
 SLACK = 0 if COUNT >= 200 else 2 * math.sqrt(0.03 * 0.97 / COUNT)
-# What every kind and their mean must reach. 200 of each held-out kind gave 95.0 % at least and 98.6 % on average.
-DEVELOPED_ON, UNSEEN = (0.97, 0.99), (0.93, 0.98)
+LOWEST, LOWEST_MEAN = 0.97, 0.99  # What every kind and their mean must reach, held out or not.
 # A model that has seen handwriting only takes many a printed 1 without a foot for a 7: 95 % of 200 is what it reads.
 PRINTED = 0.90
 
@@ -65,10 +64,8 @@ def accuracy(model, batch, digits) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency", "ignore:invalid value encountered in cast")
-@pytest.mark.parametrize(
-    ("kinds", "floors"), [(KINDS, DEVELOPED_ON), (HELD_OUT, UNSEEN)], ids=["developed-on", "held-out"]
-)
-def test_realistic_pictures_are_read(model, kinds, floors, capsys):
+@pytest.mark.parametrize("kinds", [KINDS, HELD_OUT], ids=["developed-on", "held-out"])
+def test_realistic_pictures_are_read(model, kinds, capsys):
     table = {}
     for kind in kinds:
         made = samples(kind, *test_digits(), COUNT)
@@ -82,11 +79,10 @@ def test_realistic_pictures_are_read(model, kinds, floors, capsys):
         for name, (right, resized_right) in table.items():
             print(f"| {name.replace('_', ' ')} | {right:.1%} | {resized_right:.1%} |")
         print(f"| **mean** | **{ours:.2%}** | **{naive:.1%}** |")
-    lowest, lowest_mean = floors
     handwritten = {name: right for name, (right, _) in table.items() if name != "printed"}
-    poor = {name: right for name, right in handwritten.items() if right < lowest - SLACK}
-    assert not poor, f"kinds read less than {lowest:.0%}: {poor}"
-    assert np.mean(list(handwritten.values())) >= lowest_mean - SLACK / 4
+    poor = {name: right for name, right in handwritten.items() if right < LOWEST - SLACK}
+    assert not poor, f"kinds read less than {LOWEST:.0%}: {poor}"
+    assert np.mean(list(handwritten.values())) >= LOWEST_MEAN - SLACK / 4
     assert "printed" not in table or table["printed"][0] >= PRINTED - 2 * SLACK
     assert naive < 0.5  # Otherwise the pictures are too easy to measure anything.
 

@@ -4,8 +4,8 @@
 
 Every kind is a function from a random generator and an MNIST picture to the bytes of an upload. The same kind, index
 and version of Pillow give the same upload. KINDS were used to develop mnist_preprocess.py; HELD_OUT were not looked at
-until it was finished, and measure what it does with pictures that it was not made for. (The scan was one of them,
-read at 94.5 %; it has been used since, so that it counts among KINDS now.)
+until it was finished, and measure what it does with pictures that it was not made for. (The scan and the large photo
+were two of them, read at 94.5 % and 95.0 %; both have been used since, so that they count among KINDS now.)
 """
 
 import argparse
@@ -450,12 +450,22 @@ def scan_with_shadow(rng, digit):
     return encoded(noisy(rng, blurred(page, 1.5), 3)[..., 0])
 
 
+def large_photo(rng, digit):
+    """A large photo of a small digit, turned by EXIF, under two lamps."""
+    ink = placed(rng, traced(digit, int(rng.integers(260, 500))), 1600, 1200, 80)
+    photo = shadowed(rng, lit(rng, painted(ink, (225, 215, 200), gray_pen(rng)), 0.6))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    side = as_image(noisy(rng, photo, 6)).transpose(Image.Transpose.ROTATE_90)
+    return encoded(side, "JPEG", quality=75, exif=exif)
+
+
 KINDS = (
     paint_program, white_on_black, phone_photo, hard_shadow, faint_pencil, ruled_paper, squared_paper, dark_rules,
     coloured_ink, transparent_dark, transparent_light, small_with_dirt, thin_pen, thick_marker, framed, window,
     sixteen_bit, tiny, shifted_mnist, cmyk_jpeg, palette_gif, turned_by_exif, broken_strokes, jpeg_blocks,
     salt_and_pepper, on_a_table, at_the_edge, printed,
-    scan_with_shadow,
+    scan_with_shadow, large_photo,
 )  # fmt: skip
 
 
@@ -546,19 +556,9 @@ def gray_alpha(rng, digit):
     return encoded(Image.merge("LA", (as_image(240 - 200 * ink), corners)))
 
 
-def large_photo(rng, digit):
-    """A large photo of a small digit, turned by EXIF, under two lamps."""
-    ink = placed(rng, traced(digit, int(rng.integers(260, 500))), 1600, 1200, 80)
-    photo = shadowed(rng, lit(rng, painted(ink, (225, 215, 200), gray_pen(rng)), 0.6))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    side = as_image(noisy(rng, photo, 6)).transpose(Image.Transpose.ROTATE_90)
-    return encoded(side, "JPEG", quality=75, exif=exif)
-
-
 HELD_OUT = (
     whiteboard, chalk, neon, sticky_note, coffee_stain, motion_blur, gradient, one_bit, float_tiff,
-    gray_alpha, large_photo,
+    gray_alpha,
 )  # fmt: skip
 
 
@@ -585,7 +585,7 @@ test_digits.__test__ = False  # pytest: this is no test.
 def contact_sheet(examples: int = 2, columns: int = 5) -> Image.Image:
     """Return a picture of every kind's first uploads, each beside what the model sees of it."""
     pictures, digits = test_digits()
-    cell_width, cell_height, tile = 268, 30 + examples * 132, 124
+    cell_width, cell_height, tile = 268, 30 + examples * 132, 116
     font, heading = ImageFont.load_default(15), ImageFont.load_default(20)
     groups = (("Kinds used in development: upload, what the model sees", KINDS), ("Kinds held out", HELD_OUT))
     height = sum(44 + -(-len(kinds) // columns) * cell_height for _, kinds in groups) + 8
