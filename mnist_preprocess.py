@@ -103,6 +103,8 @@ def preprocess(image: Image.Image) -> np.ndarray:
 
 def as_pixels(image: Image.Image) -> np.ndarray:
     """Return (height, width, 1 or 3) uint8; one channel when all three are the same."""
+    if image.mode == "L" and max(image.size) <= WORK_SIDE and not image.info:
+        return np.asarray(image)[..., None]  # What follows would not change it, and takes as long as the model does.
     orientation = orientation_of(image)
     try:
         image = reduced(image)

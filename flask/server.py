@@ -60,7 +60,7 @@ def create_app(model) -> Flask:
             return jsonify(Error=str(error)), 400
         probabilities = model.predict({INPUT_NAME: pixels[None]})[OUTPUT_NAME][0]
         answer = {"Prediction": str(probabilities.argmax())}
-        if request.args.get("details") == "1":
+        if request.query_string and request.args.get("details") == "1":  # Even no query takes time to parse.
             answer["Probabilities"] = probabilities.tolist()
         return jsonify(answer)
 
