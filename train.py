@@ -254,7 +254,7 @@ def run(args) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"train.py: cannot publish a model in {args.model_repository}: {error}", file=sys.stderr)
+        print(f"train.py: cannot publish the model in {args.model_repository}: {error}", file=sys.stderr)
         return 1
     print(f"{len(x_train)} training pictures, {len(x_test)} test pictures")
 
