@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageFilter, UnidentifiedImageError
 
 ROOT = Path(__file__).resolve().parent
 MODEL_REPOSITORY = ROOT / "model_repository"
@@ -89,12 +89,14 @@ def preprocess(image: Image.Image) -> np.ndarray:
     Learning Applied to Document Recognition, Proceedings of the IEEE 86, 1998, section III A). A picture that is
     already like that is returned unchanged. Raises NoDigitError when there is no ink.
     """
-    pixels = as_pixels(image)
-    mnist = as_it_is(pixels)
+    mnist = as_it_is(image)  # Before anything else: what follows takes longer than the model does.
     if mnist is None:
-        ink = ink_on_paper(*page(pixels))
-        ink = without_ruled_lines(ink)
-        mnist = size_normalised(*digit_in(ink))
+        pixels = as_pixels(image)
+        mnist = as_it_is(as_image(pixels))
+        if mnist is None:
+            ink = ink_on_paper(*page(pixels))
+            ink = without_ruled_lines(ink)
+            mnist = size_normalised(*digit_in(ink))
     return mnist.reshape(IMAGE_SHAPE)
 
 
@@ -103,8 +105,6 @@ def preprocess(image: Image.Image) -> np.ndarray:
 
 def as_pixels(image: Image.Image) -> np.ndarray:
     """Return (height, width, 1 or 3) uint8; one channel when all three are the same."""
-    if image.mode == "L" and max(image.size) <= WORK_SIDE and not image.info:
-        return np.asarray(image)[..., None]  # What follows would not change it, and takes as long as the model does.
     orientation = orientation_of(image)
     try:
         image = reduced(image)
@@ -205,24 +205,26 @@ def on_paper(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 # 2. MNIST's own pictures, and what else is made the same way.
 
 
-def as_it_is(pixels: np.ndarray) -> np.ndarray | None:
-    """Return pixels that are already MNIST-like, as float32 and white on black; None when they are not.
+def as_it_is(image: Image.Image) -> np.ndarray | None:
+    """Return a picture that is already MNIST-like, as float32 and white on black; None when it is not.
 
     All of MNIST's 70 000 pictures have these marks: 28x28 gray, paper exactly 0, ink up to 254 or 255, the longer side
     of the ink's box 19 or 20 pixels, and the centre of mass within half a pixel of (14, 14).
     """
-    if pixels.shape != IMAGE_SHAPE:
+    if image.mode != "L" or image.size != IMAGE_SHAPE[:2] or image.info:
         return None
-    picture = pixels[..., 0] if pixels[0, 0, 0] < 128 else 255 - pixels[..., 0]
-    columns, rows = picture.sum(0, np.float32), picture.sum(1, np.float32)
-    used_columns, used_rows = columns.nonzero()[0], rows.nonzero()[0]
-    if picture.max() < 254 or not 18 <= max(used_columns[-1] - used_columns[0], used_rows[-1] - used_rows[0]) <= 19:
+    if image.getpixel((0, 0)) >= 128:
+        image = ImageChops.invert(image)
+    left, top, right, bottom = image.getbbox() or (0, 0, 0, 0)
+    if image.getextrema()[1] < 254 or not 19 <= max(right - left, bottom - top) <= 20:
         return None
-    off_centre = np.abs(np.array([columns @ POSITIONS, rows @ POSITIONS]) / columns.sum() - 14).max()
-    return picture.astype(np.float32) if off_centre < 0.53 else None
+    pixels = np.frombuffer(image.tobytes(), np.uint8).astype(np.float32)
+    x, y, ink = (pixels @ MOMENTS).tolist()
+    return pixels if max(abs(x / ink - 14), abs(y / ink - 14)) < 0.53 else None
 
 
-POSITIONS = np.arange(28, dtype=np.float32)
+# What the pixels, row by row, are weighted with to sum up to x times ink, y times ink, and ink.
+MOMENTS = np.stack([*reversed(np.indices((28, 28))), np.ones((28, 28))], axis=-1).reshape(-1, 3).astype(np.float32)
 
 # 3. The page: what surrounds it (a table, a frame, a window) has edges that are stronger than any ink's.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("flask", "")]
 
 import server
-from flask import Flask, jsonify, request
-from server import load_worker
+from flask import Flask, jsonify
+from server import load_worker, uploaded_file
 
 from mnist_preprocess import open_image
 
@@ -28,7 +28,7 @@ def create_floor() -> Flask:
 
     @app.post("/mnist_infer")
     def mnist_infer():
-        open_image(request.files["image"].stream)
+        open_image(uploaded_file("image"))
         return jsonify(Prediction="7")
 
     return app
