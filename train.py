@@ -216,7 +216,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--data", type=Path, default=DATA, metavar="FILE", help="an npz file laid out as Keras's mnist.npz"
     )
-    parser.add_argument("--epochs", type=positive, default=18, metavar="N", help="passes over the training pictures")
+    parser.add_argument("--epochs", type=positive, default=17, metavar="N", help="passes over the training pictures")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="the start of every random number")
     parser.add_argument("--train-size", type=positive, metavar="N", help="train on the first N pictures only")
     parser.add_argument(
