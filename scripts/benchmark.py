@@ -221,7 +221,9 @@ def constant_repository(repository, directory):
     (model / "1" / "model.py").symlink_to(PARTS / "constant_model.py")
     for file in Path(repository, MODEL_NAME).glob("*.*"):
         text = file.read_text()
-        (model / file.name).write_text(text.replace('backend: "tensorflow"', 'backend: "python"'))
+        # Two instances, as Triton makes them where the backend is tensorflow: for python it makes one.
+        text = text.replace('backend: "tensorflow"', 'backend: "python"\ninstance_group { count: 2 }')
+        (model / file.name).write_text(text)
     return model.parent
 
 
