@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -243,8 +244,8 @@ def _convert_in_child(path):
         command = [sys.executable, __file__, path, directory]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, **pipes, text=True, errors="replace") as child:
-            import ai_edge_litert.interpreter  # noqa: F401  Meanwhile: it takes a while, too.
-
+            with suppress(ImportError):  # Meanwhile, for it takes a while, too; without it, the child says so.
+                import ai_edge_litert.interpreter  # noqa: F401
             _, errors = child.communicate()
         last_words = errors.strip().rpartition("\n")[2]
         signature, lite = Path(directory, "signature.json"), Path(directory, "model.tflite")

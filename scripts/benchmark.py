@@ -54,6 +54,7 @@ CONSTANT_NAME = "constant"
 GRPC_METHOD = "/inference.GRPCInferenceService/ModelInfer"
 START_SECONDS, STOP_SECONDS = 120, 60
 PARTS = ROOT / "scripts" / "benchmark"
+CANDIDATE_PORTS = iter(random.sample(range(20000, 32768), 1000))
 
 
 class BenchmarkError(RuntimeError):
@@ -241,12 +242,12 @@ def peers(repository):
 
 
 def free_ports(count):
-    """Return port numbers on which nothing listens now.
+    """Return port numbers on which nothing listens now, none of them twice in one run.
 
     They lie below those that Linux gives to connections, so that none of these takes one before its server starts.
     """
     ports = []
-    for port in random.sample(range(20000, 32768), 1000):
+    for port in CANDIDATE_PORTS:
         with socket.socket() as listener:
             try:
                 listener.bind((HOST, port))
