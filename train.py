@@ -239,6 +239,13 @@ def seed(text):
     return number
 
 
+def check_writable(directory):
+    """Raise OSError unless `directory` can be written to, or made; it makes none, for training may yet be stopped."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise OSError(f"{existing} is not a folder that can be written to")
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Whoever stops it, it takes its leavings along.
@@ -253,7 +260,7 @@ def run(args) -> int:
     # Prepare.
     try:
         (x_train, y_train), (x_test, y_test) = prepare(args.data, args.train_size)
-        (args.model_repository / MODEL_NAME).mkdir(parents=True, exist_ok=True)  # To fail now, and not after training.
+        check_writable(args.model_repository / MODEL_NAME)  # To fail now, and not after training.
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
