@@ -209,8 +209,7 @@ def triton_server(name, ways, repository, model_name, floors=(None, None)):
     ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
     command = [ROOT / "scripts" / "triton_local.sh", *(f"--{service}-port={port}" for service, port in ports.items())]
     command += [f"--model-repository={repository}", "--model-control-mode=explicit", f"--load-model={model_name}"]
-    # The constant model imports the shared names; VIRTUAL_ENV says which Python triton_local.sh shall take.
-    environment = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+    environment = {"VIRTUAL_ENV": sys.prefix}  # Which Python triton_local.sh shall take.
     ways = triton_ways(ways, ports["http"], ports["grpc"], model_name, floors)
     return Server(name, command, ways, environment)
 
@@ -220,6 +219,7 @@ def constant_repository(repository, directory):
     model = Path(directory, "repository", CONSTANT_NAME)
     (model / "1").mkdir(parents=True)
     (model / "1" / "model.py").symlink_to(PARTS / "constant_model.py")
+    (model / "1" / "mnist_preprocess.py").symlink_to(ROOT / "mnist_preprocess.py")  # Whose names it takes.
     for file in Path(repository, MODEL_NAME).glob("*.*"):
         text = file.read_text()
         # Two instances, as Triton makes them where the backend is tensorflow: for python it makes one.
