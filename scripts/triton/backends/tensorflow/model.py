@@ -7,6 +7,7 @@ configuration at all. Triton runs one process of it per model instance.
 
 import json
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -75,30 +76,32 @@ class TritonPythonModel:
 
     def _answer_together(self, requests):
         """Join the requests' inputs, run once and split the outputs; ValueError when any step of it fails."""
-        batches = [self._inputs(request) for request in requests]
-        sizes = [len(next(iter(batch.values()))) for batch in batches]
-        outputs = self._model.predict({name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
+        parts = {
+            name: [read(pb_utils.get_input_tensor_by_name(request, name)) for request in requests]
+            for name, read in self._to_array.items()
+        }
+        sizes = [len(array) for array in next(iter(parts.values()))]
+        outputs = self._model.predict({name: np.concatenate(arrays) for name, arrays in parts.items()})
         if any(array.shape[:1] != (sum(sizes),) for array in outputs.values()):
             raise ValueError("an output has not one row per row of the inputs, so it cannot be split")
-        ends = np.cumsum(sizes).tolist()
         return [
-            self._response(request, {name: array[end - size : end] for name, array in outputs.items()})
-            for request, size, end in zip(requests, sizes, ends, strict=True)
+            self._response(request, outputs, slice(end - size, end))
+            for request, size, end in zip(requests, sizes, accumulate(sizes), strict=True)
         ]
 
     def _answer(self, request):
         """Run one request; its response carries the outputs or the error."""
         try:
-            return self._response(request, self._model.predict(self._inputs(request)))
+            inputs = {
+                name: read(pb_utils.get_input_tensor_by_name(request, name)) for name, read in self._to_array.items()
+            }
+            return self._response(request, self._model.predict(inputs))
         except ValueError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
 
-    def _inputs(self, request):
-        return {tensor.name(): self._to_array[tensor.name()](tensor) for tensor in request.inputs()}
-
-    def _response(self, request, outputs):
+    def _response(self, request, outputs, rows=...):
         return pb_utils.InferenceResponse(
-            [self._to_tensor[name](name, outputs[name]) for name in request.requested_output_names()]
+            [self._to_tensor[name](name, outputs[name][rows]) for name in request.requested_output_names()]
         )
 
 
