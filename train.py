@@ -144,10 +144,6 @@ def train(model, pictures, digits, epochs):
     """Fit the model to pictures (n, 28, 28, 1) uint8 and digits (n,), every epoch augmented anew."""
     batches = tf.data.Dataset.from_tensor_slices((pictures, digits)).shuffle(len(pictures)).batch(BATCH_SIZE)
     batches = batches.map(augment).prefetch(2)
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = 1  # Spread over all cores, augment() gets in the training step's way.
-    options.threading.max_intra_op_parallelism = 1
-    batches = batches.with_options(options)
     steps = epochs * len(batches)
     warmup_steps = steps // 10
     learning_rate = keras.optimizers.schedules.CosineDecay(
