@@ -252,8 +252,10 @@ def main(argv=None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("train.py: stopped", file=sys.stderr)
-        return 130
+        print("train.py: stopped", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not by way of Python's end: there TensorFlow waits for the epoch to be over, seconds or longer.
+        os._exit(130)
 
 
 def run(args) -> int:

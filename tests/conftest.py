@@ -21,6 +21,8 @@ from mnist_preprocess import HOST, MODEL_NAME, MODEL_REPOSITORY, ROOT
 START_SECONDS = 120
 # The sentences of triton_local.sh that are about the machine and not about this project.
 MACHINE_LACKS = r"needs Linux|needs glibc|lacks its shared library|cannot download"
+# A shell has what it starts in the background ignore Ctrl-C, and so would the programs to which tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def require(present, reason):

@@ -180,11 +180,15 @@ def test_stopped_run_leaves_nothing(tmp_path, number):
     command = [sys.executable, ROOT / "train.py", "--epochs=1000", "--model-repository", tmp_path / "repository"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err)
-    deadline = time.monotonic() + 120
-    while "Epoch 1/" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(30) == 130
+    try:
+        deadline = time.monotonic() + 120
+        while "Epoch 1/" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.wait()
     last_words = (tmp_path / "err").read_text().splitlines()
     assert last_words[-1] == "train.py: stopped"
     assert not [line for line in last_words if "Traceback" in line]
