@@ -74,7 +74,7 @@ def test_failed_requests_are_counted_and_end_in_status_1(monkeypatch, capsys, tm
     try:
         _, way = benchmark.triton_ways(("HTTP", "gRPC"), 1, port, MODEL_NAME)
         way.answer_bytes = 85
-        result = benchmark.measure(way, clients=2, seconds=1, directory=tmp_path)
+        result = benchmark.measure(way, clients=2, seconds=1, expected_rate=1000, directory=tmp_path)
     finally:
         server.stop(None).wait()
     assert result.rate == 0 and result.errors > 0
