@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 
+import keras
 import numpy as np
 import pytest
 from tensorflow.core.protobuf import saved_model_pb2
@@ -20,7 +21,7 @@ from saved_model import SAVED_MODEL, SIGNATURE, SavedModel, versions
 # What the graph may be made of: operations of TensorFlow 2.9 and older, none of which reads or writes a variable.
 OPERATIONS = {
     *("AddV2", "BiasAdd", "Cast", "Const", "Conv2D", "ConcatV2", "FusedBatchNormV3"),
-    *("Identity", "MatMul", "MaxPool", "Mean", "Mul", "NoOp", "Pack", "PartitionedCall", "Placeholder", "Prod"),
+    *("Identity", "MatMul", "MaxPool", "Mean", "Mul", "NoOp", "Pack", "Pad", "PartitionedCall", "Placeholder", "Prod"),
     *(
         "Relu",
         "Reshape",
@@ -173,6 +174,15 @@ def test_one_training_picture_is_enough(run, tmp_path):
     status, out, err = run("--train-size=1", "--epochs=1", "--model-repository", tmp_path)
     assert (status, err) == (0, [])
     assert out[-2].startswith("Published version 1: ")
+
+
+def test_one_channel_convolution_is_a_convolution(mnist_test):
+    pictures = mnist_test[0][:10].astype(np.float32)
+    fast, plain = train.OneChannelConv2D(8, 5), keras.layers.Conv2D(8, 5)
+    fast.build(pictures.shape)
+    plain.build(pictures.shape)
+    plain.set_weights(fast.get_weights())
+    np.testing.assert_allclose(fast(pictures), plain(pictures), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
