@@ -6,7 +6,7 @@
     outputs = model.predict({"input_1": batch})  # {"output_1": (n, 10) float32}
 
 A child process has TensorFlow convert the model to LiteRT, so that the process that serves neither imports TensorFlow
-(2 s, 350 MB) nor calls it (0.4 ms for a picture instead of 0.03). TensorFlow itself runs what LiteRT cannot convert or
+(2 s, 350 MB) nor calls it (0.5 ms for a picture instead of 0.02). TensorFlow itself runs what LiteRT cannot convert or
 answers differently, and whatever shall run on a GPU.
 """
 
