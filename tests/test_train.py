@@ -31,9 +31,11 @@ OPERATIONS = {
         "Select",
         "Shape",
         "Softmax",
+        "Squeeze",
         "StatefulPartitionedCall",
         "StridedSlice",
         "Sub",
+        "Tile",
     ),
     *("MergeV2Checkpoints", "ShardedFilename", "StaticRegexFullMatch", "StringJoin"),
 }
@@ -183,6 +185,17 @@ def test_one_channel_convolution_is_a_convolution(mnist_test):
     plain.build(pictures.shape)
     plain.set_weights(fast.get_weights())
     np.testing.assert_allclose(fast(pictures), plain(pictures), rtol=0, atol=1e-4)
+
+
+def test_folded_model_answers_the_same(mnist_test):
+    model, rng = train.build(), np.random.default_rng(0)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights(rng.uniform(0, 1, np.shape(layer.get_weights())))
+    folded = train.fold(model)
+    assert len(folded.layers) < len(model.layers)
+    pictures = mnist_test[0][:10]
+    np.testing.assert_allclose(folded.predict(pictures), model.predict(pictures), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
