@@ -17,6 +17,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 # TensorFlow reads this when it is imported: print what went wrong, not what the CPU could do.
@@ -301,7 +302,8 @@ def main(argv=None) -> int:
         return run(args)
     except KeyboardInterrupt:
         print("train.py: stopped", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with suppress(OSError):  # Whoever read it may have been stopped as well.
+            sys.stdout.flush()
         # Not by way of Python's end: there TensorFlow waits for the epoch to be over, seconds or longer.
         os._exit(130)
 

@@ -330,7 +330,10 @@ def process_tree(pid):
 
 
 def measure(way, clients, seconds, expected_rate, directory):
-    """Ask from so many clients for about so many seconds, each over a connection of its own that stays open."""
+    """Ask from so many clients for so many seconds, each over a connection of its own that stays open.
+
+    Over gRPC as many requests as take so long at `expected_rate`, in requests a second.
+    """
     data, log = Path(directory, "body"), Path(directory, "requests")
     data.write_bytes(way.body)
     log.unlink(missing_ok=True)
