@@ -2,7 +2,7 @@
 
 h2load asks, the same C++ program for all: over HTTP/1.1 as over gRPC, which is HTTP/2 with a frame of five bytes around
 the message. It writes down how long each single request took. wrk speaks no HTTP/2, Triton's own perf_analyzer sends no
-forms and its package holds no program, and a client in Python costs more time than the servers.
+forms and its package holds no program, and a client in Python takes longer than the servers, as --tritonclient shows.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,8 +31,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 from PIL import Image
+from tritonclient import grpc as grpcclient
 from tritonclient import http as httpclient
 from tritonclient.grpc import service_pb2
+from tritonclient.utils import InferenceServerException
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -63,7 +66,7 @@ class BenchmarkError(RuntimeError):
 
 @dataclass
 class Way:
-    """A way to ask a server: h2load's options and address, and what it sends."""
+    """A way to ask a server: h2load's options and address, and what it sends; or a function that asks from Python."""
 
     name: str
     url: str
@@ -71,6 +74,7 @@ class Way:
     body: bytes
     probe: callable  # Asks once from Python: returns the digit and the number of bytes in the answer.
     floor: str | None = None  # The name of the way that answers a constant.
+    ask: callable = None  # Asks for so many seconds from Python: returns each request's milliseconds.
     answer_bytes: int = 0
 
 
@@ -89,7 +93,7 @@ class Server:
 
 @dataclass
 class Result:
-    """One run of h2load: requests a second, milliseconds, and how many requests failed."""
+    """One run: requests a second, milliseconds, and how many requests failed."""
 
     rate: float
     p50: float
@@ -154,8 +158,8 @@ def flask_way(name, port, floor=None):
     return http_way(name, port, "/mnist_infer", headers, body, read_prediction, floor)
 
 
-def triton_ways(names, http_port, grpc_port, model_name, floors=(None, None)):
-    """Ask with the picture as a tensor, in the same messages that tritonclient sends."""
+def triton_ways(names, http_port, grpc_port, model_name, floors=(None, None, None)):
+    """Ask with the picture as a tensor, in the same messages that tritonclient sends; or with tritonclient itself."""
     batch, _ = picture()
     tensor = httpclient.InferInput(INPUT_NAME, batch.shape, "FP32").set_data_from_numpy(batch)
     outputs = [httpclient.InferRequestedOutput(OUTPUT_NAME, binary_data=True)]
@@ -169,10 +173,25 @@ def triton_ways(names, http_port, grpc_port, model_name, floors=(None, None)):
     frame = b"\0" + len(message).to_bytes(4, "big") + message
     grpc_options = ["--header=te: trailers", "--header=content-type: application/grpc"]
     grpc_url, probe = f"http://{HOST}:{grpc_port}{GRPC_METHOD}", partial(ask_grpc, grpc_port, message)
-    return [
+    ask = partial(ask_tritonclient, f"{HOST}:{grpc_port}", model_name, batch)
+    ways = [
         http_way(names[0], http_port, path, headers, body, read_probabilities, floors[0]),
         Way(names[1], grpc_url, grpc_options, frame, probe, floors[1]),
     ]
+    return ways + [Way(name, "", [], b"", probe, floors[2], ask=ask) for name in names[2:]]
+
+
+def ask_tritonclient(address, model_name, batch, seconds):
+    """Ask over gRPC with tritonclient for so many seconds; return each request's milliseconds."""
+    tensor = grpcclient.InferInput(INPUT_NAME, batch.shape, "FP32").set_data_from_numpy(batch)
+    outputs = [grpcclient.InferRequestedOutput(OUTPUT_NAME)]
+    milliseconds = []
+    with grpcclient.InferenceServerClient(address) as client:
+        end = time.perf_counter() + seconds
+        while (started := time.perf_counter()) < end:
+            client.infer(model_name, [tensor], outputs=outputs).as_numpy(OUTPUT_NAME)
+            milliseconds.append((time.perf_counter() - started) * 1000)
+    return milliseconds
 
 
 # The servers.
@@ -180,9 +199,9 @@ def triton_ways(names, http_port, grpc_port, model_name, floors=(None, None)):
 
 def servers_to_measure(args, directory):
     """Return the servers that the options ask for, not started yet."""
-    flask, triton = "Flask", ("Triton HTTP", "Triton gRPC")
-    flask_floor, triton_floor = "Flask, constant", ("Triton HTTP, constant", "Triton gRPC, constant")
-    floors = (flask_floor, triton_floor) if args.floor else (None, (None, None))
+    flask, triton = "Flask", ("Triton HTTP", "Triton gRPC", "tritonclient")[: 3 if args.tritonclient else 2]
+    flask_floor, triton_floor = f"{flask}, constant", [f"{way}, constant" for way in triton]
+    floors = (flask_floor, triton_floor) if args.floor else (None, [None] * 3)
     repository = args.model_repository
     servers = [
         flask_server("Flask", flask, "flask/server.py", repository, floors[0]),
@@ -205,7 +224,7 @@ def flask_server(name, way, script, repository, floor=None):
     return Server(name, command, [flask_way(way, port, floor)])
 
 
-def triton_server(name, ways, repository, model_name, floors=(None, None)):
+def triton_server(name, ways, repository, model_name, floors=(None, None, None)):
     ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
     command = [ROOT / "scripts" / "triton_local.sh", *(f"--{service}-port={port}" for service, port in ports.items())]
     command += [f"--model-repository={repository}", "--model-control-mode=explicit", f"--load-model={model_name}"]
@@ -334,6 +353,8 @@ def measure(way, clients, seconds, expected_rate, directory):
 
     Over gRPC as many requests as take so long at `expected_rate`, in requests a second.
     """
+    if way.ask:
+        return measure_threads(way, clients, seconds)
     data, log = Path(directory, "body"), Path(directory, "requests")
     data.write_bytes(way.body)
     log.unlink(missing_ok=True)
@@ -361,6 +382,17 @@ def measure(way, clients, seconds, expected_rate, directory):
     microseconds = np.loadtxt(log, np.int64, usecols=2, ndmin=1)
     p50, p99 = np.percentile(microseconds, (50, 99)) / 1000
     return Result(float(rate[1]) * (1 - wrong / succeeded), p50, p99, failed + wrong)
+
+
+def measure_threads(way, clients, seconds):
+    """Ask from so many threads of this process, each for so many seconds."""
+    try:
+        with ThreadPoolExecutor(clients) as pool:
+            runs = list(pool.map(way.ask, [seconds] * clients))
+    except InferenceServerException as error:
+        raise BenchmarkError(f"{way.name} failed with {clients} clients: {error}") from error
+    milliseconds = np.concatenate(runs)
+    return Result(len(milliseconds) / seconds, *np.percentile(milliseconds, (50, 99)), 0)
 
 
 def measure_all(ways, args, directory):
@@ -479,6 +511,7 @@ def parse_args(argv=None):
     parser.add_argument("--seconds", type=positive, default=3, metavar="S", help="how long each server is asked")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often, in turn")
     parser.add_argument("--floor", action="store_true", help="also measure a constant in place of the model")
+    parser.add_argument("--tritonclient", action="store_true", help="also ask Triton over gRPC from Python")
     parser.add_argument("--peers", action="store_true", help="also measure other kinds of server")
     parser.add_argument(
         "--picture", type=Path, default=ROOT / "images" / "benchmark.png", metavar="FILE", help="to draw"

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Measure both servers side by side: start them, ask them from 1 to 64 clients, show a table and draw a picture.
 #
-#   scripts/benchmark.sh [--clients N …] [--seconds S] [--rounds N] [--floor] [--peers] [--picture FILE]
+#   scripts/benchmark.sh [--clients N …] [--seconds S] [--rounds N] [--floor] [--tritonclient] [--peers] [--picture FILE]
 #
 # --clients N …           how many clients ask at once; 1 4 16 64 unless given
 # --seconds S             how long each server is asked at a time; 3 unless given
 # --rounds N              how often; the servers take turns, and the table shows medians; 5 unless given
 # --floor                 also measure both servers with a constant instead of the model: what no model could beat
+# --tritonclient          also ask Triton over gRPC with its client for Python, from threads
 # --peers                 also measure FastAPI with the same model, and Flask's development server with Keras
 # --picture FILE          where the picture goes; images/benchmark.png unless given
 # --model-repository DIR  the model to serve, in Triton's layout; model_repository unless given

@@ -24,13 +24,13 @@ def benchmark(*options):
 def test_a_short_run_measures_both_servers_and_their_floors(trained_repository, tmp_path):
     require(shutil.which("h2load"), "no h2load on PATH: run 'sudo apt install nghttp2-client'")
     picture = tmp_path / "benchmark.png"
-    options = ("--clients", "1", "8", "--seconds=2", "--rounds=1", "--floor", "--picture", picture)
+    options = ("--clients", "1", "8", "--seconds=2", "--rounds=1", "--floor", "--tritonclient", "--picture", picture)
     result = benchmark(*options, "--model-repository", trained_repository)
     assert result.returncode == 0, result.stderr
 
     assert max(map(len, result.stdout.splitlines())) <= 80
     rows = {(row[0], int(row[1])): row[2:] for row in ROW.findall(result.stdout)}
-    ways = ("Flask", "Triton HTTP", "Triton gRPC")
+    ways = ("Flask", "Triton HTTP", "Triton gRPC", "tritonclient")
     constants = [f"{way}, constant" for way in ways]
     assert rows.keys() == {(name, clients) for name in (*ways, *constants) for clients in (1, 8)}
     for (name, clients), (rate, p50, p99, errors, of_floor) in rows.items():
@@ -72,9 +72,11 @@ def test_failed_requests_are_counted_and_end_in_status_1(monkeypatch, capsys, tm
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        _, way = benchmark.triton_ways(("HTTP", "gRPC"), 1, port, MODEL_NAME)
+        _, way, client = benchmark.triton_ways(("HTTP", "gRPC", "tritonclient"), 1, port, MODEL_NAME)
         way.answer_bytes = 85
         result = benchmark.measure(way, clients=2, seconds=1, expected_rate=1000, directory=tmp_path)
+        with pytest.raises(benchmark.BenchmarkError, match=r"tritonclient failed with 2 clients: .*broken"):
+            benchmark.measure(client, clients=2, seconds=1, expected_rate=1000, directory=tmp_path)
     finally:
         server.stop(None).wait()
     assert result.rate == 0 and result.errors > 0
