@@ -5,11 +5,14 @@ curl -X POST -F image=@images/sample_image.png http://127.0.0.1:5000/mnist_infer
 """
 
 import argparse
+import ctypes
 import io
 import os
 import signal
 import socket
+import struct
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +42,9 @@ from saved_model import SAVED_MODEL, ModelError, SavedModel, newest_version
 
 MAX_UPLOAD = 32 * 2**20  # Bytes: a 50-megapixel JPEG fits.
 MAX_DROPPED = 8 * MAX_UPLOAD
-DRAIN_SECONDS = 0.5  # How long a stopping worker tells its clients that it closes the connection.
+ACCEPT_SECONDS = 0.1  # How long a stopping worker accepts the connections that were made before.
+DRAIN_SECONDS = 0.5  # How long it then tells its clients that it closes the connection.
+SO_ATTACH_FILTER = 26  # From Linux's asm-generic/socket.h; Python's socket does not name it.
 
 
 def create_app(model) -> Flask:
@@ -128,8 +133,12 @@ class Worker:
     def drain(self, loop):
         """Take no more connections, let the answers on the open ones say that they are the last, then stop."""
         self.draining = True
-        close_listeners()
-        loop.call_later(DRAIN_SECONDS, os.kill, os.getpid(), signal.SIGINT)
+        # The kernel completes connections before granian accepts them, and a closing listener resets those that wait.
+        # So none is begun first: Linux's clients ask again after a second, and find another worker.
+        for number in listeners():
+            refuse_new_connections(number)
+        loop.call_later(ACCEPT_SECONDS, close_listeners)
+        loop.call_later(ACCEPT_SECONDS + DRAIN_SECONDS, os.kill, os.getpid(), signal.SIGINT)
 
     async def __rsgi__(self, scope, protocol):
         headers = scope.headers
@@ -183,26 +192,64 @@ async def read_body(headers, protocol):
     return (bytes(body), True) if size <= MAX_UPLOAD else (b"", False)
 
 
-def close_listeners():
-    """Close this process's listening sockets, which granian keeps to itself, and keep their numbers taken."""
-    nothing = os.open(os.devnull, os.O_RDONLY)
+def listeners():
+    """Return the numbers of this process's listening sockets, which granian keeps to itself."""
+    numbers = []
     for number in map(int, os.listdir("/dev/fd")):
         try:
             with socket.socket(fileno=os.dup(number)) as candidate:
-                listening = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    numbers.append(number)
         except OSError:
             continue  # Not a socket, or closed since it was listed.
-        if listening:
-            os.dup2(nothing, number)
+    return numbers
+
+
+def refuse_new_connections(number):
+    """Let a listening socket drop what begins a connection, on Linux: no connection is then in its queue for long.
+
+    The filter is classic BPF (Documentation/networking/filter.rst in Linux), and reads from the TCP header on.
+    """
+    if sys.platform != "linux":
+        return
+    program = ctypes.create_string_buffer(
+        struct.pack("=HBBI", 0x30, 0, 0, 13)  # Load the byte of the TCP header that holds the flags;
+        + struct.pack("=HBBI", 0x45, 0, 1, 0x02)  # where SYN is set,
+        + struct.pack("=HBBI", 0x06, 0, 0, 0)  # drop the packet,
+        + struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)  # else keep all of it.
+    )
+    # A sandbox need not have filters: the worker stops all the same.
+    with suppress(OSError), socket.socket(fileno=os.dup(number)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(program)))
+
+
+def close_listeners():
+    """Close this process's listening sockets, and keep their numbers taken."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number in listeners():
+        os.dup2(nothing, number)
 
 
 def load_worker(model, parent):
     """Return what a granian worker of the process `parent` serves, its model warm before the worker opens the port."""
-    # Until it serves, SIGTERM just ends it: the handler inherited from the main process would swallow the signal, and
-    # the main process wait for ever for a worker that goes on.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model.warm_up()
     return Worker(create_app(model), parent)
+
+
+def end_unready_workers_on_sigterm():
+    """Let SIGTERM just end a worker until it serves.
+
+    The handler that a fork inherits would swallow the signal, and the main process wait for ever for a worker that goes
+    on. So the signal is held back from before the fork until the child has dropped the handler.
+    """
+    hold = partial(signal.pthread_sigmask, signal.SIG_BLOCK, [signal.SIGTERM])
+    release = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+    def drop_handler():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=drop_handler)
 
 
 def parse_args(argv=None):
@@ -245,6 +292,7 @@ def main(argv=None) -> int:
         websockets=False,
         respawn_failed_workers=True,
     )
+    end_unready_workers_on_sigterm()
     # Fork or pickle hands the converted model to each worker, and to each that replaces a dead one.
     server.serve(target_loader=partial(load_worker, model, os.getpid()), wrap_loader=False)
     return 0

@@ -359,10 +359,6 @@ def test_stopping_loses_no_request(stoppable, stop, reuse):
         assert stoppable.process.wait(30) == 0
 
     outcomes = under_load(stoppable, act, reuse)
-    # The kernel completes connections before granian accepts them: one that waits when the listener closes is reset.
-    # At most one of each client can, and none of the kept connections, over which an answer came before.
-    reset = 0 if reuse else outcomes.pop("lost: ConnectionResetError", 0)
-    assert reset <= CLIENTS
     assert outcomes.keys() - {"refused"} == {200}, outcomes
     wait_for(lambda: all(map(is_gone, workers)))
     assert "Traceback" not in stoppable.log.read_text()
