@@ -200,6 +200,8 @@ def _lite_runner(content, examples):
     # TensorFlow's own tf.lite.Interpreter is deprecated for this package, which needs no TensorFlow.
     from ai_edge_litert.interpreter import Interpreter
 
+    if not all(array.size for array in examples.values()):  # LiteRT itself mostly refuses that, but not always.
+        raise ValueError("an input is empty")
     interpreter = Interpreter(model_content=content, num_threads=1)
     signature = interpreter.get_signature_runner(SIGNATURE)
     inputs, outputs = (

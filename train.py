@@ -95,24 +95,46 @@ def printed(count, seed):
     return pictures, digits
 
 
+class FirstConv2D(layers.Conv2D):
+    """Conv2D(filters, 5, strides=2) for pictures of one channel, over which it would take three times as long.
+
+    It has the same weights and gives the same results, but reads four neighbours in a row as four channels, and takes
+    two neighbouring points of the map in one step.
+    """
+
+    def convolution_op(self, inputs, kernel):
+        # Of the eight columns that the two points see together, the first sees 0 to 4 and the second 2 to 6.
+        kernels = [keras.ops.pad(kernel, [[0, 0], [start, 3 - start], [0, 0], [0, 0]]) for start in (0, 2)]
+        fours = keras.ops.reshape(keras.ops.concatenate(kernels, axis=-1), (5, 2, 4, 2 * self.filters))
+        points = keras.ops.conv(keras.ops.reshape(inputs, (-1, 28, 7, 4)), fours, strides=(2, 1))
+        return keras.ops.reshape(points, (-1, 12, 12, self.filters))
+
+
 def build():
     """Return the model: raw pixels (n, 28, 28, 1) in, probabilities (n, 10) out.
 
     The scaling to 0…1 is a layer of the model, so that no server and no client can get it wrong. Nothing in it is
     random: augment() stays outside, for a random layer may go on changing pictures in the exported model.
     """
-    model = keras.Sequential([keras.Input(shape=IMAGE_SHAPE, name=INPUT_NAME), layers.Rescaling(1 / 255)])
-    # Strides halve the maps, where pooling would: a quarter of the arithmetic, and no digit more is misread.
-    for filters, kernel_size in ((16, 5), (32, 3), (96, 3)):
-        model.add(layers.Conv2D(filters, kernel_size, strides=2, use_bias=False))
-        model.add(layers.BatchNormalization(momentum=0.9))  # It settles within a short run, too.
-        model.add(layers.ReLU())
-    model.add(layers.Flatten())
-    model.add(layers.Dense(64, use_bias=False))
-    model.add(layers.BatchNormalization(momentum=0.9))
-    model.add(layers.ReLU())
-    model.add(layers.Dense(CLASSES, activation="softmax"))
-    return model
+    return keras.Sequential(
+        [
+            keras.Input(shape=IMAGE_SHAPE, name=INPUT_NAME),
+            layers.Rescaling(1 / 255),
+            *normalised(FirstConv2D(16, 5, strides=2, use_bias=False)),
+            # Strides halve the maps, where pooling would: a quarter of the arithmetic, and no digit more is misread.
+            *normalised(layers.Conv2D(32, 3, strides=2, use_bias=False)),
+            *normalised(layers.Conv2D(96, 3, strides=2, use_bias=False)),
+            layers.Flatten(),
+            *normalised(layers.Dense(64, use_bias=False)),
+            layers.Dense(CLASSES, activation="softmax"),
+        ]
+    )
+
+
+def normalised(layer):
+    """Return a layer without a bias and what follows it: a normalisation, which brings the bias, and ReLU."""
+    # With this momentum it settles within a short run, too.
+    return [layer, layers.BatchNormalization(momentum=0.9), layers.ReLU()]
 
 
 def augment(pictures, digits):
@@ -123,8 +145,7 @@ def augment(pictures, digits):
     """
     pictures = tf.cast(pictures, tf.float32)
     count = tf.shape(pictures)[0]
-    broader = tf.nn.max_pool2d(pictures, ksize=3, strides=1, padding="SAME")
-    finer = -tf.nn.max_pool2d(-pictures, ksize=3, strides=1, padding="SAME")
+    broader, finer = among_neighbours(tf.maximum, pictures), among_neighbours(tf.minimum, pictures)
     pen = tf.random.uniform([count, 1, 1, 1], -1, 1)
     pen *= tf.abs(pen)  # Mostly a little, now and then all of it.
     pictures += tf.nn.relu(pen) * (broader - pictures) + tf.nn.relu(-pen) * (finer - pictures)
@@ -138,6 +159,16 @@ def augment(pictures, digits):
     affine = tf.pad(rows, [[0, 0], [0, 2]])  # The last two of the eight numbers are the perspective: none.
     pictures = keras.ops.image.affine_transform(pictures, affine, fill_mode="constant", fill_value=0)
     return pictures, tf.one_hot(digits, CLASSES)
+
+
+def among_neighbours(choose, pictures):
+    """Return pictures (n, 28, 28, 1) of the largest, or smallest, of every pixel and its eight neighbours.
+
+    choose is tf.maximum or tf.minimum. tf.nn.max_pool2d would do the same in twenty times the time.
+    """
+    padded = tf.pad(pictures, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
+    columns = choose(choose(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
+    return choose(choose(columns[:, :, :-2], columns[:, :, 1:-1]), columns[:, :, 2:])
 
 
 def train(model, pictures, digits, epochs):

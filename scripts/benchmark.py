@@ -467,6 +467,7 @@ def report(servers, results, args):
 def draw(ways, results, args, description, path):
     """Draw requests a second and latency over the number of clients."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 5.4), dpi=120, layout="constrained")
     rates, latencies = figure.subplots(1, 2)
@@ -486,6 +487,9 @@ def draw(ways, results, args, description, path):
             latencies.plot(args.clients, values["p99"], "^--", color=color, label=f"{way.name}, p99")
     rates.set(title="Requests per second: more is better", ylim=(0, None))
     latencies.set(title="Latency in ms: less is better", yscale="log")
+    latencies.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    latencies.yaxis.set_major_formatter("{x:g}")
+    latencies.yaxis.set_minor_formatter(NullFormatter())
     for axes in (rates, latencies):
         axes.set_xscale("log", base=2)
         axes.set_xticks(args.clients, map(str, args.clients))

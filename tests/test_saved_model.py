@@ -238,5 +238,5 @@ def test_inputs_that_litert_refuses_spoil_nothing(model, pictures):
     expected = predict(model, pictures[:1])
     with pytest.raises(ModelError) as error:
         predict(model, PICTURE[:0])
-    is_sentence(error, "LiteRT cannot run the model on these inputs: ")
+    is_sentence(error, "LiteRT cannot run the model on these inputs: an input is empty")
     assert np.array_equal(predict(model, pictures[:1]), expected)

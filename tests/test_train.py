@@ -9,8 +9,10 @@ import sys
 import time
 import zipfile
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 import train
@@ -19,9 +21,9 @@ from saved_model import SAVED_MODEL, SIGNATURE, SavedModel, versions
 
 # What the graph may be made of: operations of TensorFlow 2.9 and older, none of which reads or writes a variable.
 OPERATIONS = {
-    *("AddV2", "BiasAdd", "Const", "Conv2D", "Identity", "MatMul", "Mul", "NoOp", "Pack", "PartitionedCall"),
-    *("Placeholder", "Relu", "Reshape", "RestoreV2", "Rsqrt", "SaveV2", "Select", "Shape", "Softmax"),
-    *("StatefulPartitionedCall", "StridedSlice", "Sub"),
+    *("AddV2", "BiasAdd", "ConcatV2", "Const", "Conv2D", "Identity", "MatMul", "Mul", "NoOp", "Pack", "Pad"),
+    *("PartitionedCall", "Placeholder", "Relu", "Reshape", "RestoreV2", "Rsqrt", "SaveV2", "Select", "Shape"),
+    *("Softmax", "StatefulPartitionedCall", "StridedSlice", "Sub"),
     *("MergeV2Checkpoints", "ShardedFilename", "StaticRegexFullMatch", "StringJoin"),
 }
 ARRAYS = {
@@ -295,6 +297,23 @@ def test_exported_model_is_deterministic(exported, keras_model, mnist_test):
     one_by_one = [model.predict({INPUT_NAME: picture[None]})[OUTPUT_NAME][0] for picture in pictures]
     np.testing.assert_allclose(one_by_one, first, rtol=0, atol=1e-6)
     np.testing.assert_allclose(keras_model.predict(pictures, verbose=0), first, rtol=0, atol=1e-5)
+
+
+def test_first_convolution_is_an_ordinary_one():
+    pictures = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
+    ours, keras_own = (kind(16, 5, strides=2) for kind in (train.FirstConv2D, keras.layers.Conv2D))
+    ours.build(pictures.shape)
+    keras_own.build(pictures.shape)
+    keras_own.set_weights([ours.kernel, np.arange(16)])
+    ours.set_weights(keras_own.get_weights())
+    np.testing.assert_allclose(ours(pictures), keras_own(pictures), rtol=0, atol=1e-5)
+
+
+def test_neighbours_are_those_in_a_window_of_3x3():
+    pictures = np.random.default_rng(0).random((2, 28, 28, 1), np.float32) + 1
+    largest, smallest = (train.among_neighbours(choose, pictures) for choose in (tf.maximum, tf.minimum))
+    np.testing.assert_array_equal(largest, tf.nn.max_pool2d(pictures, ksize=3, strides=1, padding="SAME"))
+    np.testing.assert_array_equal(smallest, -tf.nn.max_pool2d(-pictures, ksize=3, strides=1, padding="SAME"))
 
 
 def test_printed_digits_are_mnist_like_and_a_third_are_ones():
