@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flask import Flask, jsonify, request
 from granian import Granian
-from granian.constants import Interfaces
+from granian.constants import Interfaces, Loops
 from granian.rsgi import ProtocolClosed
 from multipart import MultipartError, MultipartParser
 from werkzeug.exceptions import BadRequest, HTTPException
@@ -121,6 +121,7 @@ class Worker:
         # granian stops a worker on SIGTERM as on SIGINT, and at once: a client that has just connected, or that is
         # about to send its next request, loses it. So SIGTERM drains the worker first, and SIGINT then stops it.
         loop.add_signal_handler(signal.SIGTERM, self.drain, loop)
+        loop.call_soon(signal.pthread_sigmask, signal.SIG_UNBLOCK, [signal.SIGTERM])
         self.watch_parent(loop)
 
     def watch_parent(self, loop):
@@ -236,20 +237,15 @@ def load_worker(model, parent):
     return Worker(create_app(model), parent)
 
 
-def end_unready_workers_on_sigterm():
-    """Let SIGTERM just end a worker until it serves.
+def hold_sigterm_over_fork():
+    """Hold SIGTERM back from a worker from its birth: __rsgi_init__ lets it through once there is what drains it.
 
     The handler that a fork inherits would swallow the signal, and the main process wait for ever for a worker that goes
-    on. So the signal is held back from before the fork until the child has dropped the handler.
+    on; as would uvloop, for a signal that comes before it runs.
     """
-    hold = partial(signal.pthread_sigmask, signal.SIG_BLOCK, [signal.SIGTERM])
-    release = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, [signal.SIGTERM])
-
-    def drop_handler():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        release()
-
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=drop_handler)
+    mask = partial(signal.pthread_sigmask, signal.SIG_BLOCK, [signal.SIGTERM])
+    unmask = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.register_at_fork(before=mask, after_in_parent=unmask)
 
 
 def parse_args(argv=None):
@@ -288,11 +284,12 @@ def main(argv=None) -> int:
         address,
         args.port,
         interface=Interfaces.RSGI,
+        loop=Loops.uvloop,  # 1.08 times as fast as asyncio with one client, 1.04 with 16.
         workers=args.workers,
         websockets=False,
         respawn_failed_workers=True,
     )
-    end_unready_workers_on_sigterm()
+    hold_sigterm_over_fork()
     # Fork or pickle hands the converted model to each worker, and to each that replaces a dead one.
     server.serve(target_loader=partial(load_worker, model, os.getpid()), wrap_loader=False)
     return 0
