@@ -96,7 +96,7 @@ def test_older_tensorflow_gives_the_same_answers(
     if not (environment / "complete").exists():
         shutil.rmtree(environment)
         subprocess.run([python, "-m", "venv", environment], check=True, capture_output=True)
-        install = ("-m", "pip", "install", "--quiet", f"{TENSORFLOW}=={tensorflow}", "numpy<2")
+        install = ("-m", "pip", "install", "--quiet", "--no-compile", f"{TENSORFLOW}=={tensorflow}", "numpy<2")
         installed = subprocess.run([environment / "bin" / "python", *install], capture_output=True, text=True)
         require(installed.returncode == 0, f"pip cannot install TensorFlow {tensorflow}: {installed.stderr.strip()}")
         (environment / "complete").touch()
