@@ -104,7 +104,7 @@ class SavedModel:
 
         Raises ModelError for inputs that do not fit the signature, or that the model itself refuses.
         """
-        shapes = tuple((name, array.shape, array.dtype.char) for name, array in inputs.items())
+        shapes = tuple([(name, array.shape, array.dtype) for name, array in inputs.items()])
         idle = self._interpreters.get(shapes)
         if idle is None:
             self._check(inputs)
@@ -145,8 +145,10 @@ class SavedModel:
                 given.ndim == len(shape)
                 and all(size in (None, actual) for size, actual in zip(shape, given.shape, strict=True))
             )
-            if not fits or ("string" if given.dtype.kind in "OSU" else given.dtype.name) != dtype:
-                raise ModelError(f"input {name} is {dtype} {shape}, not {given.dtype.name} {given.shape}")
+            given_dtype = "string" if given.dtype.kind in "OSU" else given.dtype.name
+            # LiteRT would copy the bytes of the other order as they are.
+            if not fits or given_dtype != dtype or not given.dtype.isnative:
+                raise ModelError(f"input {name} is {dtype} {shape}, not {given.dtype} {given.shape}")
 
 
 class _TensorFlowFunction:

@@ -224,6 +224,7 @@ PICTURE = np.zeros((1, 28, 28, 1), np.float32)
         ({"input_1": PICTURE[:, :27]}, "not float32 (1, 27, 28, 1)"),
         ({"input_1": PICTURE.astype(np.uint8)}, "not uint8 (1, 28, 28, 1)"),
         ({"input_1": PICTURE.astype(np.float64)}, "not float64 (1, 28, 28, 1)"),
+        ({"input_1": PICTURE.astype(">f4")}, "not >f4 (1, 28, 28, 1)"),
         ({"input_1": PICTURE.astype(str)}, "input input_1 is float32 (None, 28, 28, 1), not"),
     ],
 )

@@ -85,7 +85,7 @@ class TritonPythonModel:
         if any(array.shape[:1] != (sum(sizes),) for array in outputs.values()):
             raise ValueError("an output has not one row per row of the inputs, so it cannot be split")
         return [
-            self._response(request, outputs, slice(end - size, end))
+            self._response(request, {name: array[end - size : end] for name, array in outputs.items()})
             for request, size, end in zip(requests, sizes, accumulate(sizes), strict=True)
         ]
 
@@ -99,9 +99,9 @@ class TritonPythonModel:
         except ValueError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
 
-    def _response(self, request, outputs, rows=...):
+    def _response(self, request, outputs):
         return pb_utils.InferenceResponse(
-            [self._to_tensor[name](name, outputs[name][rows]) for name in request.requested_output_names()]
+            [self._to_tensor[name](name, outputs[name]) for name in request.requested_output_names()]
         )
 
 
