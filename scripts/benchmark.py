@@ -75,6 +75,7 @@ class Way:
     probe: callable  # Asks once from Python: returns the digit and the number of bytes in the answer.
     floor: str | None = None  # The name of the way that answers a constant.
     ask: callable = None  # Asks for so many seconds from Python: returns each request's milliseconds.
+    first_rate: int | None = None  # Requests a second to expect at first, where h2load counts them: see measure().
     answer_bytes: int = 0
 
 
@@ -176,7 +177,7 @@ def triton_ways(names, http_port, grpc_port, model_name, floors=(None, None, Non
     ask = partial(ask_tritonclient, f"{HOST}:{grpc_port}", model_name, batch)
     ways = [
         http_way(names[0], http_port, path, headers, body, read_probabilities, floors[0]),
-        Way(names[1], grpc_url, grpc_options, frame, probe, floors[1]),
+        Way(names[1], grpc_url, grpc_options, frame, probe, floors[1], first_rate=1000),
     ]
     return ways + [Way(name, "", [], b"", probe, floors[2], ask=ask) for name in names[2:]]
 
@@ -254,9 +255,11 @@ def peers(repository):
     fastapi = [sys.executable, "-m", "uvicorn", f"--host={HOST}", f"--port={ports[0]}", f"--workers={os.cpu_count()}"]
     fastapi += [f"--app-dir={PARTS}", "--no-access-log", "--factory", "fastapi_peer:create_app"]
     keras = [sys.executable, PARTS / "keras_peer.py", str(ports[1])]
+    keras_way = flask_way("Flask dev., Keras", ports[1])
+    keras_way.first_rate = 10
     return [
         Server("FastAPI", fastapi, [flask_way("FastAPI on uvicorn", ports[0])], environment),
-        Server("Keras", keras, [flask_way("Flask dev., Keras", ports[1])], environment),
+        Server("Keras", keras, [keras_way], environment),
     ]
 
 
@@ -349,9 +352,9 @@ def process_tree(pid):
 
 
 def measure(way, clients, seconds, expected_rate, directory):
-    """Ask from so many clients for so many seconds, each over a connection of its own that stays open.
+    """Ask from so many clients for so many seconds, each over a connection of its own that it keeps open.
 
-    Over gRPC as many requests as take so long at `expected_rate`, in requests a second.
+    A way that has a first_rate is asked as many requests as take so long at `expected_rate`, in requests a second.
     """
     if way.ask:
         return measure_threads(way, clients, seconds)
@@ -359,9 +362,10 @@ def measure(way, clients, seconds, expected_rate, directory):
     data.write_bytes(way.body)
     log.unlink(missing_ok=True)
     amount = f"--duration={seconds}"
-    if way.url.endswith(GRPC_METHOD):
+    if way.first_rate:
         # When its time is up, h2load leaves with requests under way, and Triton 24.10 may crash when a gRPC client
-        # does (mended since: https://github.com/triton-inference-server/server/pull/7840). So there it finishes.
+        # does (mended since: https://github.com/triton-inference-server/server/pull/7840). And a connection that is
+        # closed right then, as Flask's development server closes each after one request, it opens anew, for ever.
         amount = f"--requests={max(clients, round(expected_rate * seconds))}"
     command = ["h2load", f"--clients={clients}", amount, f"--data={data}", f"--log-file={log}"]
     try:
@@ -398,7 +402,7 @@ def measure_threads(way, clients, seconds):
 def measure_all(ways, args, directory):
     """Return the results of all rounds for each (name, clients), after a short round that does not count."""
     results = {(way.name, clients): [] for way in ways for clients in args.clients}
-    rates = dict.fromkeys(results, 1000)  # Expected, until there is one.
+    rates = {(way.name, clients): way.first_rate for way in ways for clients in args.clients}
     for number in range(args.rounds + 1):
         print(f"Round {number} of {args.rounds} …" if number else "Warming up …", file=sys.stderr)
         for clients in args.clients:

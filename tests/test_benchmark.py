@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from conftest import require
@@ -80,6 +82,37 @@ def test_failed_requests_are_counted_and_end_in_status_1(monkeypatch, capsys, tm
     finally:
         server.stop(None).wait()
     assert result.rate == 0 and result.errors > 0
+
+
+def test_a_server_that_closes_every_connection_is_asked_to_the_end(monkeypatch, tmp_path):
+    """As Flask's development server does: asked for a time, h2load may never come back."""
+    require(shutil.which("h2load"), "no h2load on PATH: run 'sudo apt install nghttp2-client'")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark
+
+    class Closing(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            answer = b'{"Prediction": "7"}'
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closing) as server:
+        Thread(target=server.serve_forever).start()
+        try:
+            way = benchmark.flask_way("closing", server.server_port)
+            way.first_rate = 10
+            _, way.answer_bytes = way.probe()
+            result = benchmark.measure(way, clients=3, seconds=2, expected_rate=10, directory=tmp_path)
+        finally:
+            server.shutdown()
+    assert len((tmp_path / "requests").read_text().splitlines()) == 20
+    assert result.rate > 0 and result.errors == 0
 
 
 def test_an_untrained_model_is_one_sentence(tmp_path):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import keras
 from flask import Flask, jsonify, request
-from werkzeug.serving import WSGIRequestHandler
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
@@ -34,5 +33,4 @@ def mnist_infer():
 
 if __name__ == "__main__":
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # A line for each request would slow it down.
-    WSGIRequestHandler.protocol_version = "HTTP/1.1"  # Connections stay open, as they do with the other servers.
     app.run(HOST, int(sys.argv[1]))
