@@ -116,25 +116,22 @@ def build():
     The scaling to 0…1 is a layer of the model, so that no server and no client can get it wrong. Nothing in it is
     random: augment() stays outside, for a random layer may go on changing pictures in the exported model.
     """
-    return keras.Sequential(
-        [
-            keras.Input(shape=IMAGE_SHAPE, name=INPUT_NAME),
-            layers.Rescaling(1 / 255),
-            *normalised(FirstConv2D(16, 5, strides=2, use_bias=False)),
-            # Strides halve the maps, where pooling would: a quarter of the arithmetic, and no digit more is misread.
-            *normalised(layers.Conv2D(32, 3, strides=2, use_bias=False)),
-            *normalised(layers.Conv2D(96, 3, strides=2, use_bias=False)),
-            layers.Flatten(),
-            *normalised(layers.Dense(64, use_bias=False)),
-            layers.Dense(CLASSES, activation="softmax"),
-        ]
-    )
+    pictures = keras.Input(shape=IMAGE_SHAPE, name=INPUT_NAME)
+    x = layers.Rescaling(1 / 255)(pictures)
+    x = normalised(x, FirstConv2D(16, 5, strides=2, use_bias=False))
+    # Strides halve the maps, where pooling would: a quarter of the arithmetic, and no digit more is misread.
+    x = normalised(x, layers.Conv2D(32, 3, strides=2, use_bias=False))
+    x = normalised(x, layers.Conv2D(96, 3, strides=2, use_bias=False))
+    # Not layers.Flatten: it asks for the batch's size, which XNNPACK cannot, so LiteRT would run the model in pieces.
+    x = keras.ops.reshape(x, (-1, 2 * 2 * 96))
+    x = normalised(x, layers.Dense(64, use_bias=False))
+    return keras.Model(pictures, layers.Dense(CLASSES, activation="softmax")(x))
 
 
-def normalised(layer):
-    """Return a layer without a bias and what follows it: a normalisation, which brings the bias, and ReLU."""
+def normalised(x, layer):
+    """Return what a layer without a bias makes of x, after a normalisation, which brings the bias, and ReLU."""
     # With this momentum it settles within a short run, too.
-    return [layer, layers.BatchNormalization(momentum=0.9), layers.ReLU()]
+    return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(layer(x)))
 
 
 def augment(pictures, digits):

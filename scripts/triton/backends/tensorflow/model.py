@@ -63,7 +63,8 @@ class TritonPythonModel:
             self._model.warm_up()
         self._batched = config["max_batch_size"] > 0
         self._to_array = {name: _reader(spec) for name, spec in self._model.inputs.items()}
-        self._to_tensor = {name: _writer(spec) for name, spec in self._model.outputs.items()}
+        outputs = [tensor["name"] for tensor in config["output"]]
+        self._to_tensor = {name: _writer(self._model.outputs[name]) for name in outputs}
 
     def execute(self, requests):
         """Answer every request: in one run where they can be joined, each alone where not or where that run fails."""
@@ -85,8 +86,8 @@ class TritonPythonModel:
         if any(array.shape[:1] != (sum(sizes),) for array in outputs.values()):
             raise ValueError("an output has not one row per row of the inputs, so it cannot be split")
         return [
-            self._response(request, {name: array[end - size : end] for name, array in outputs.items()})
-            for request, size, end in zip(requests, sizes, accumulate(sizes), strict=True)
+            self._response({name: array[end - size : end] for name, array in outputs.items()})
+            for size, end in zip(sizes, accumulate(sizes), strict=True)
         ]
 
     def _answer(self, request):
@@ -95,14 +96,13 @@ class TritonPythonModel:
             inputs = {
                 name: read(pb_utils.get_input_tensor_by_name(request, name)) for name, read in self._to_array.items()
             }
-            return self._response(request, self._model.predict(inputs))
+            return self._response(self._model.predict(inputs))
         except ValueError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
 
-    def _response(self, request, outputs):
-        return pb_utils.InferenceResponse(
-            [self._to_tensor[name](name, outputs[name]) for name in request.requested_output_names()]
-        )
+    def _response(self, outputs):
+        # With every output of the configuration: Triton itself leaves out those that a request did not ask for.
+        return pb_utils.InferenceResponse([write(name, outputs[name]) for name, write in self._to_tensor.items()])
 
 
 def choose_device(instance_kind, device_id, count_gpus):
