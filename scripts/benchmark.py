@@ -22,7 +22,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPConnection, HTTPException
 from importlib.metadata import version
@@ -255,8 +255,7 @@ def peers(repository):
     fastapi = [sys.executable, "-m", "uvicorn", f"--host={HOST}", f"--port={ports[0]}", f"--workers={os.cpu_count()}"]
     fastapi += [f"--app-dir={PARTS}", "--no-access-log", "--factory", "fastapi_peer:create_app"]
     keras = [sys.executable, PARTS / "keras_peer.py", str(ports[1])]
-    keras_way = flask_way("Flask dev., Keras", ports[1])
-    keras_way.first_rate = 10
+    keras_way = replace(flask_way("Flask dev., Keras", ports[1]), first_rate=10)
     return [
         Server("FastAPI", fastapi, [flask_way("FastAPI on uvicorn", ports[0])], environment),
         Server("Keras", keras, [keras_way], environment),

@@ -105,8 +105,7 @@ def test_a_server_that_closes_every_connection_is_asked_to_the_end(monkeypatch, 
     with ThreadingHTTPServer(("127.0.0.1", 0), Closing) as server:
         Thread(target=server.serve_forever).start()
         try:
-            way = benchmark.flask_way("closing", server.server_port)
-            way.first_rate = 10
+            way = benchmark.replace(benchmark.flask_way("closing", server.server_port), first_rate=10)
             _, way.answer_bytes = way.probe()
             result = benchmark.measure(way, clients=3, seconds=2, expected_rate=10, directory=tmp_path)
         finally:
