@@ -13,6 +13,7 @@ answers differently, and whatever shall run on a GPU.
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -187,8 +188,13 @@ class _TensorFlowFunction:
 
 
 def _reason(error):
-    """Return the line of TensorFlow's or LiteRT's message that says what is wrong; names of nodes surround it."""
-    return (str(error).partition("\n\t [[")[0].splitlines() or [type(error).__name__])[-1]
+    """Return what a message of TensorFlow or LiteRT says is wrong: one line of it, or which operations LiteRT lacks."""
+    message = str(error)
+    missing = re.search(r"^(?:TF Select|Custom) ops: (.+)", message, re.M)  # The whole graph follows.
+    if missing:
+        return f"it has no {missing[1]}"
+    # Names of nodes surround the line.
+    return (message.partition("\n\t [[")[0].splitlines() or [type(error).__name__])[-1]
 
 
 def _tensor_specs(tensors):
@@ -275,12 +281,16 @@ def _convert(path, directory):
 
     import tensorflow as tf
 
-    content = tf.lite.TFLiteConverter.from_saved_model(path, signature_keys=[SIGNATURE]).convert()
+    try:
+        content = tf.lite.TFLiteConverter.from_saved_model(path, signature_keys=[SIGNATURE]).convert()
+    except Exception as error:  # TensorFlow does not export the converter's own.
+        raise ModelError(f"LiteRT cannot run the model: {_reason(error)}") from error
     examples = _examples(function.inputs, batch_size=4)
     expected, answers = function(examples), _lite_runner(content, examples)(examples)
     for name in expected:
-        if not np.allclose(answers[name], expected[name], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
-            raise ModelError(f"LiteRT and TensorFlow differ by more than {TOLERANCE} in {name}")
+        same_shape = answers[name].shape == expected[name].shape
+        if not same_shape or not np.allclose(answers[name], expected[name], TOLERANCE, TOLERANCE, equal_nan=True):
+            raise ModelError(f"LiteRT and TensorFlow differ by more than {TOLERANCE}, or in shape, in {name}")
     Path(directory, "model.tflite").write_bytes(content)
 
 

@@ -149,14 +149,19 @@ def beta(x):
     return {"y": tf.math.betainc(x, x + 1.0, tf.fill(tf.shape(x), 0.5))}
 
 
+def frequencies(x):
+    return {"y": tf.math.real(tf.signal.fft(tf.cast(x, tf.complex64)))}
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "dtype", "reason"),
     [
-        (texts, [None, 1], tf.string, ""),
+        (texts, [None, 1], tf.string, "LiteRT cannot run the model: it has no StringJoin"),
         (total, [None, None], tf.float32, "LiteRT is used where only the first size of each tensor is open"),
         (doubled, None, tf.float32, "LiteRT is used where only the first size of each tensor is open"),
-        (beta, [None, 3], tf.float32, ""),
-        (random_rows, [None, 3], tf.float32, "differ by more than"),
+        (beta, [None, 4], tf.float32, "LiteRT cannot run the model: it has no Betainc"),
+        (random_rows, [None, 4], tf.float32, "differ by more than"),
+        (frequencies, [None, 4], tf.float32, "or in shape, in y"),
     ],
 )
 def test_what_litert_cannot_run_tensorflow_runs(tmp_path, function, shape, dtype, reason):
@@ -173,7 +178,7 @@ def test_what_litert_cannot_run_tensorflow_runs(tmp_path, function, shape, dtype
         answer = model.predict({"x": np.array([[b"a"], [b"b"]], object)})["y"]
         assert answer.tolist() == [[b"a!"], [b"b!"]]
     else:
-        x = np.array([[0.5, 0.25, 0.75]] * 2, np.float32)
+        x = np.array([[0.5, 0.25, 0.75, 1.0]] * 2, np.float32)
         answer = model.predict({"x": x})["y"]
         if function is random_rows:
             assert ((x <= answer) & (answer < x + 1)).all()
