@@ -1,0 +1,133 @@
+"""What serving a Flask app takes beyond Flask: uploads of slow clients, and a granian whose stops lose no request."""
+
+import io
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+
+from flask import request
+from granian import Granian
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout
+
+MAX_UPLOAD = 32 * 2**20  # Bytes: a 50-megapixel JPEG fits.
+MAX_DROPPED = 8 * MAX_UPLOAD
+UPLOAD_SECONDS = 60  # For a whole upload: 20 MB at 3 Mbit/s.
+HEADER_SECONDS = 10  # For the headers of a request, and between two requests of a connection.
+CONNECTIONS = 2048  # At most, in each worker; the kernel lets further ones wait.
+OTHER_FILES = 256  # At most, beside the connections.
+DRAIN_SECONDS = 0.5  # How long a stopping worker still accepts connections.
+CLOSE_SECONDS = 0.2  # How long granian may then take to close its listener.
+STOP_SECONDS = 8  # How long it then waits for uploads that are under way.
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+draining, closed = threading.Event(), threading.Event()  # In a worker that stops: it does, and its listener is closed.
+readers = ThreadPoolExecutor(CONNECTIONS)
+
+
+def receive_upload():
+    """Put the whole upload, in memory, in the place of the request's stream; HTTPException when it is late or broken.
+
+    granian reads as long as the client takes, so another thread does that: the answer to a late upload closes the
+    connection, and so ends that thread's wait.
+    """
+    stream, length = request.environ["wsgi.input"], request.content_length
+    request.environ["wsgi.input"] = io.BytesIO()
+    if length or "HTTP_TRANSFER_ENCODING" in request.environ:
+        try:
+            body = readers.submit(read, stream, length).result(UPLOAD_SECONDS)
+        except TimeoutError as error:
+            raise RequestTimeout(f"the upload took more than {UPLOAD_SECONDS} seconds: send it again") from error
+        if length and len(body) < length:
+            raise BadRequest("the upload was cut short: send it again")
+        request.environ["wsgi.input"] = io.BytesIO(body)
+
+
+def read(stream, length):
+    """Return an upload of `length` bytes, or of an open length for None; RequestEntityTooLarge beyond MAX_UPLOAD.
+
+    What is too large is dropped, up to MAX_DROPPED: most clients read no answer before they have sent all.
+    """
+    if length is not None and length <= MAX_UPLOAD:
+        return stream.read(length)
+    body, size = bytearray(), 0
+    while size <= MAX_DROPPED and (chunk := stream.read(2**16)):
+        size += len(chunk)
+        if size <= MAX_UPLOAD:
+            body += chunk
+    if size > MAX_UPLOAD:
+        raise RequestEntityTooLarge
+    return bytes(body)
+
+
+def finish(response):
+    """Let the upload leave memory, and close the connection where a part of it was left unread, or the worker stops.
+
+    A stopping worker answers after it has closed its listener: a client that waits begins no connection, nor a request
+    on an idle one, that would be lost then.
+    """
+    request.environ["wsgi.input"].close()
+    if draining.is_set():
+        closed.wait()
+    if draining.is_set() or response.status_code in (408, 413):
+        response.headers["Connection"] = "close"
+    return response
+
+
+def serve(load_app, address, port, workers):
+    """Serve what load_app() returns in each worker, until SIGTERM or Ctrl-C; SIGHUP renews the workers."""
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections = min(CONNECTIONS, most_files - OTHER_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (connections + OTHER_FILES, most_files))  # The usual limit is 1024.
+    server = Granian(
+        __name__,
+        address,
+        port,
+        interface=Interfaces.WSGI,
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(header_read_timeout=HEADER_SECONDS * 1000),
+        workers=workers,
+        backpressure=connections,
+        blocking_threads=connections,  # granian makes them when it needs them: no request waits for another's upload.
+        websockets=False,
+        respawn_failed_workers=True,
+        workers_kill_timeout=STOP_SECONDS + 2,
+    )
+    logging.getLogger("_granian").addFilter(lambda record: "Python threads" not in record.msg)  # It warns of so many.
+    # A signal that comes between a worker's birth and its own handlers would be lost. Blocked, it waits for sigwait().
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    server.on_startup(threading.Thread(target=pass_signals_on, daemon=True).start)
+    server.serve(target_loader=lambda: load_worker(load_app), wrap_loader=False)
+
+
+def pass_signals_on():
+    """In the main process, call granian's handlers."""
+    while number := signal.sigwait(SIGNALS):
+        signal.getsignal(number)(number, None)
+
+
+def load_worker(load_app):
+    threading.Thread(target=stop_when_told, args=[signal.getsignal(signal.SIGTERM)], daemon=True).start()
+    return load_app()
+
+
+def stop_when_told(inherited):
+    """In a worker, wait for SIGTERM or the main process's death; drain, have granian stop, and leave in any case."""
+    parent = multiprocessing.parent_process().pid
+    while os.getppid() == parent and not signal.sigtimedwait([signal.SIGTERM], 1):
+        pass
+    draining.set()
+    time.sleep(DRAIN_SECONDS)
+    while (handler := signal.getsignal(signal.SIGTERM)) is inherited:  # granian is not that far yet.
+        time.sleep(0.1)
+    handler(signal.SIGTERM, None)
+    time.sleep(CLOSE_SECONDS)
+    closed.set()
+    time.sleep(STOP_SECONDS)
+    os._exit(0)  # A stalled upload would keep granian waiting, and the port taken.
