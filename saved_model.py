@@ -1,32 +1,52 @@
-"""Run a TensorFlow SavedModel fast on a CPU: load it once, then predict batches from any thread.
+"""Run a TensorFlow SavedModel on a CPU or a GPU: load it once, then predict batches from any thread.
 
     from saved_model import SAVED_MODEL, SavedModel, newest_version
 
     model = SavedModel(newest_version("model_repository/mnist_model") / SAVED_MODEL)
     outputs = model.predict({"input_1": batch})  # {"output_1": (n, 10) float32}
 
-A child process has TensorFlow convert the model to LiteRT, so that the process that serves neither imports TensorFlow
-(2 s, 350 MB) nor calls it (0.5 ms for a picture instead of 0.01). TensorFlow itself runs what LiteRT cannot convert or
-answers differently, and whatever shall run on a GPU.
+    python saved_model.py DIR
+
+gives the SavedModel in DIR a twin: the same function for LiteRT, in assets.extra/model.tflite, a folder that TensorFlow
+leaves alone. On a CPU the twin runs instead of TensorFlow, whose import alone takes 2 s and 350 MB. TensorFlow runs a
+SavedModel without a twin, and what the twin would not answer as TensorFlow does.
 """
 
-import gc
-import json
+import argparse
+import glob
+import hashlib
+import itertools
+import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import threading
+from collections import defaultdict
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 SAVED_MODEL = "model.savedmodel"  # What Triton calls the SavedModel of a version.
+TAG = "serve"
 SIGNATURE = "serving_default"
-TOLERANCE = 1e-5  # How far LiteRT's answers may lie from TensorFlow's, absolutely or relatively.
-MAX_SHAPES = 64  # Interpreters are kept per shape of the inputs; past this many shapes they are made anew.
+TWIN = Path("assets.extra", "model.tflite")
+# A twin belongs to one graph and one set of weights. The file, which `sha256sum -c` can check, holds the digests of all
+# three; of the weights that of the index will do, in which TensorFlow keeps a checksum of each.
+DIGESTS = Path("assets.extra", "SHA256SUMS")
+DIGESTED = (Path("saved_model.pb"), Path("variables", "variables.index"), TWIN)
+TOLERANCE = 1e-5  # How far a twin's answers may lie from TensorFlow's, absolutely or relatively.
+# LiteRT lays out the weights once more for each interpreter, of which there is one for each call at the same time. Of
+# twins from this size on, in bytes, there is only one, which uses all cores.
+LARGE_TWIN = 4 * 2**20
+
+# TensorFlow's names of its data types, by their numbers in tensorflow/core/framework/types.proto.
+DTYPES = (
+    "invalid float32 float64 int32 uint8 int16 int8 string complex64 int64 bool qint8 quint8 qint32 bfloat16 qint16 "
+    "quint16 uint16 complex128 float16 resource variant uint32 uint64"
+)
 
 
 class ModelError(ValueError):
@@ -60,89 +80,109 @@ def newest_version(model_directory) -> Path:
 
 def count_gpus() -> int:
     """Return how many GPUs TensorFlow sees; it imports TensorFlow."""
-    import tensorflow as tf
-
-    return len(tf.config.list_physical_devices("GPU"))
+    return len(_import_tensorflow().config.list_physical_devices("GPU"))
 
 
 class SavedModel:
-    """A SavedModel, called by the names of the tensors in its signature `serving_default`.
+    """A SavedModel, called by the names of the tensors in one of its signatures.
 
     inputs, outputs: a TensorSpec for each tensor's name.
-    runtime: what runs the model and, where that is not LiteRT, why: a line for the log.
+    signature: the signature's name.
+    runtime: what runs the model and, where a twin does not, why: a line for the log.
 
     It can be handed to other processes, forked or pickled: what runs the model is made where it first predicts.
     """
 
-    def __init__(self, path, device=None):
-        """Load the SavedModel in the directory `path`, for the CPU or for a TensorFlow device such as "/GPU:0".
+    def __init__(self, path, device=None, tag=TAG, signature=None, session_options=None):
+        """Read what the SavedModel in the directory `path` takes and gives; warm_up() or predict() loads the rest.
 
-        Raises ModelError when there is none, or it has no such signature.
+        device: a TensorFlow device such as "/GPU:0" or "/CPU:0"; None for the CPU, and for the twin where there is one.
+        tag, signature: which graph to run; without a signature, `serving_default`, or the only one that there is.
+        session_options: fields of TensorFlow's ConfigProto, as a dictionary.
+        Raises ModelError when there is no such SavedModel, graph or signature, or its twin is damaged.
         """
-        self._path, self._device = str(path), device
-        self._lite = None
-        self._function = None
-        self._interpreters = {}
-        if not Path(path, "saved_model.pb").is_file():
-            raise ModelError(f"no SavedModel in {path}: it has no saved_model.pb")
-        if device:
-            self._function = _TensorFlowFunction(self._path, device)
-            self.inputs, self.outputs = self._function.inputs, self._function.outputs
-            self.runtime = f"TensorFlow on {device}"
-        else:
-            signature, self._lite = _convert_in_child(self._path)
-            self.inputs, self.outputs = (
-                {
-                    name: TensorSpec(dtype, None if shape is None else tuple(shape))
-                    for name, (dtype, shape) in signature[key].items()
-                }
-                for key in ("inputs", "outputs")
-            )
-            self.runtime = "LiteRT on the CPU" if self._lite else f"TensorFlow on the CPU: {signature['reason']}"
+        self._path, self._device, self._tag = Path(path), device, tag
+        self._session_options = session_options or {}
+        self.signature, self.inputs, self.outputs = _read_signature(self._path, tag, signature)
+        self.runtime = f"TensorFlow on {device or 'the CPU'}"
+        self._twin = None
+        if device is None and (tag, self.signature) == (TAG, SIGNATURE) and (self._path / TWIN).exists():
+            if self._is_twin_mine():
+                self._twin = str(self._path / TWIN)
+                self.runtime = "LiteRT on the CPU"
+            else:
+                self.runtime += f": its twin was made for another model, 'python saved_model.py {path}' makes a new one"
+        self._begin()
+
+    def _begin(self):
+        """Start with nothing that runs the model, as in a new process."""
+        self._session = None
+        self._loading = threading.Lock()
+        self._idle_interpreters = []
+        large = self._twin and os.path.getsize(self._twin) >= LARGE_TWIN
+        self._one_at_a_time = threading.Lock() if large else nullcontext()
+        self._threads = self._session_options.get("intra_op_parallelism_threads") or (os.cpu_count() if large else 1)
+
+    def __getstate__(self):
+        made = ("_session", "_loading", "_idle_interpreters", "_one_at_a_time", "_threads")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._begin()
 
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one batch: every input of the signature by its name. Returns every output by its name, as an array.
 
         Raises ModelError for inputs that do not fit the signature, or that the model itself refuses.
         """
-        shapes = tuple([(name, array.shape, array.dtype) for name, array in inputs.items()])
-        idle = self._interpreters.get(shapes)
-        if idle is None:
-            self._check(inputs)
-            if len(self._interpreters) >= MAX_SHAPES:
-                self._interpreters.clear()
-            idle = self._interpreters.setdefault(shapes, [])
-        if not self._lite:
-            if self._function is None:
-                self._function = _TensorFlowFunction(self._path, self._device)
-            return self._function(inputs)
-        # An interpreter serves one call at a time, and one shape: resizing it costs more than it does. list.pop and
-        # list.append are atomic, so threads share the idle interpreters without a lock.
-        try:
-            try:
-                run = idle.pop()
-            except IndexError:
-                run = _lite_runner(self._lite, inputs)
-            outputs = run(inputs)
-        except (RuntimeError, ValueError) as error:
-            raise ModelError(f"LiteRT cannot run the model on these inputs: {_reason(error)}") from error
-        idle.append(run)
-        return outputs
+        # What the twin refuses, TensorFlow answers, or says what is wrong with it.
+        if self._twin and all(_is_for_twin(array) for array in inputs.values()):
+            with suppress(RuntimeError), self._one_at_a_time:
+                return self._run_twin(inputs)
+        self._check(inputs)
+        return self._load_session()(inputs)
 
     def warm_up(self):
-        """Run the model once: the first run is slow, so let no client wait for it."""
-        self.predict(_examples(self.inputs, batch_size=1))
+        """Load what runs the model. A twin runs once, for its first run is slow; another model might keep a state.
 
-    def __getstate__(self):
-        return self.__dict__ | {"_function": None, "_interpreters": {}}
+        Raises ModelError when the model cannot be loaded.
+        """
+        if self._twin:
+            self.predict(_examples(self.inputs, batch_size=1, kind="zero"))
+        else:
+            self._load_session()
+
+    def _run_twin(self, inputs):
+        # An interpreter serves one call at a time. list.pop and list.append are atomic, so threads share the idle ones
+        # without a lock.
+        try:
+            interpreter = self._idle_interpreters.pop()
+        except IndexError:
+            interpreter = _Interpreter(self._twin, self._threads)
+        shapes = [(name, array.shape, array.dtype) for name, array in inputs.items()]
+        if shapes != interpreter.shapes:
+            self._check(inputs)
+            interpreter.resize(inputs)
+            interpreter.shapes = shapes
+        outputs = interpreter.run(inputs)
+        self._idle_interpreters.append(interpreter)
+        return outputs
+
+    def _load_session(self):
+        with self._loading:
+            if self._session is None:
+                self._session = _Session(self._path, self._tag, self.signature, self._device, self._session_options)
+        return self._session
 
     def _check(self, inputs):
-        """Raise ModelError unless the inputs fit the signature: LiteRT would take any shape, and fail in it."""
+        """Raise ModelError unless the inputs fit the signature."""
         if inputs.keys() != self.inputs.keys():
             raise ModelError(f"the model takes the inputs {sorted(self.inputs)}, not {sorted(inputs)}")
         for name, (dtype, shape) in self.inputs.items():
             given = inputs[name]
-            fits = shape is None or (
+            # TensorFlow 1 wrote () for a shape that nobody had said, too.
+            fits = not shape or (
                 given.ndim == len(shape)
                 and all(size in (None, actual) for size, actual in zip(shape, given.shape, strict=True))
             )
@@ -151,153 +191,391 @@ class SavedModel:
             if not fits or given_dtype != dtype or not given.dtype.isnative:
                 raise ModelError(f"input {name} is {dtype} {shape}, not {given.dtype} {given.shape}")
 
+    def _is_twin_mine(self):
+        """Tell whether the twin has the digest and the signature of this SavedModel; ModelError when it is damaged."""
+        digests = self._path / DIGESTS
+        if digests.exists() and digests.read_text() != _digests(self._path):
+            return False
+        return _Interpreter(str(self._path / TWIN), threads=1).has_signature(self)
 
-class _TensorFlowFunction:
-    """The signature as TensorFlow runs it."""
 
-    def __init__(self, path, device):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        import tensorflow as tf
+def _is_for_twin(array):
+    """Tell whether LiteRT answers this input as TensorFlow does: not where it is empty, holds NaN or infinity."""
+    if not array.size:
+        return False
+    # The product is the fastest to find them, though it may overflow without one.
+    return array.dtype.kind != "f" or math.isfinite(np.vdot(array, array)) or np.isfinite(array).all()
 
-        for gpu in tf.config.list_physical_devices("GPU"):
-            # Without it the first process takes all memory of every GPU, and the next model finds none.
-            tf.config.experimental.set_memory_growth(gpu, True)
+
+def _digests(path):
+    """Return the lines that sha256sum prints of the files to which a twin belongs."""
+    lines = []
+    for name in DIGESTED:
+        with suppress(FileNotFoundError):  # A SavedModel may have no variables.
+            lines.append(f"{hashlib.sha256(Path(path, name).read_bytes()).hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+class _Interpreter:
+    """LiteRT's interpreter of a twin: it serves one call at a time. Its user notes the `shapes` that it has now."""
+
+    def __init__(self, twin, threads):
+        # TensorFlow's own tf.lite.Interpreter is deprecated for this package, which needs no TensorFlow.
+        from ai_edge_litert.interpreter import Interpreter
+
         try:
-            self._loaded = tf.saved_model.load(path)  # Kept: its variables go with it.
-        except (OSError, ValueError, tf.errors.OpError) as error:
+            # By its path, so that the weights are the file's own pages, which processes share.
+            self._interpreter = Interpreter(twin, num_threads=threads)
+            signature = self._interpreter.get_signature_runner(SIGNATURE)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"the twin {twin} is damaged, delete it to have TensorFlow run the model: {error}"
+            ) from error
+        self._input_details, self._output_details = signature.get_input_details(), signature.get_output_details()
+        # It would do what run() does, but allocate anew at every call, and nobody else may while it lives.
+        del signature
+        self._inputs = [(name, tensor["index"]) for name, tensor in self._input_details.items()]
+        self._outputs = [(name, tensor["index"]) for name, tensor in self._output_details.items()]
+        self.shapes = None
+
+    def has_signature(self, model):
+        """Tell whether the twin takes what the SavedModel takes, and gives tensors of the same names and dtypes."""
+        inputs = {
+            name: (
+                np.dtype(tensor["dtype"]).name,
+                # Empty where no size is open.
+                tuple(None if size < 0 else size for size in (*tensor["shape_signature"],) or tensor["shape"]),
+            )
+            for name, tensor in self._input_details.items()
+        }
+        outputs = {name: np.dtype(tensor["dtype"]).name for name, tensor in self._output_details.items()}
+        return inputs == model.inputs and outputs == {name: spec.dtype for name, spec in model.outputs.items()}
+
+    def resize(self, arrays):
+        for name, index in self._inputs:
+            self._interpreter.resize_tensor_input(index, arrays[name].shape)
+        self._interpreter.allocate_tensors()
+
+    def run(self, arrays):
+        for name, index in self._inputs:
+            self._interpreter.set_tensor(index, arrays[name])
+        self._interpreter.invoke()
+        return {name: self._interpreter.get_tensor(index) for name, index in self._outputs}
+
+
+def _signature_shape(details):
+    """Return a tensor's shape with -1 for an open size; LiteRT leaves that one empty where no size is open."""
+    return details["shape_signature"] if len(details["shape_signature"]) else details["shape"]
+
+
+class _Session:
+    """A signature as TensorFlow runs it, in a session of its own: that is how TensorFlow's C++ servers run it, too."""
+
+    def __init__(self, path, tag, signature, device, options):
+        tf = _import_tensorflow()
+        if device and "GPU" in device:
+            # Without it the first process takes all memory of every GPU, and the next model finds none.
+            devices = {"gpu_options": {"allow_growth": True}}
+        else:
+            devices = {"device_count": {"GPU": 0}}
+        graph = tf.Graph()
+        config = tf.compat.v1.ConfigProto(allow_soft_placement=True, **devices, **options)
+        session = tf.compat.v1.Session(graph=graph, config=config)
+        logger = tf.get_logger()
+        level = logger.level
+        logger.setLevel("ERROR")  # Else it advises the loader's users of another loader, which loads one graph only.
+        try:
+            with graph.as_default(), graph.device(device):
+                loaded = tf.compat.v1.saved_model.load(session, [tag], _plain(path)).signature_def[signature]
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError, tf.errors.OpError) as error:
+            if not Path(path, "variables", "variables.index").exists():
+                raise ModelError(
+                    f"the SavedModel in {path} has no variables/variables.index: copy the whole folder"
+                ) from error
             raise ModelError(f"cannot load the SavedModel in {path}: {_reason(error)}") from error
-        if SIGNATURE not in self._loaded.signatures:
-            raise ModelError(f"the SavedModel in {path} has no signature {SIGNATURE!r}")
-        self._tf, self._device = tf, device
-        self._signature = self._loaded.signatures[SIGNATURE]
-        self._specs = self._signature.structured_input_signature[1]
-        self.inputs = _tensor_specs(self._specs)
-        self.outputs = _tensor_specs(self._signature.structured_outputs)
+        finally:
+            logger.setLevel(level)
+        self._errors = (TypeError, ValueError, tf.errors.OpError)
+        self._inputs, outputs = sorted(loaded.inputs), sorted(loaded.outputs)
+        self._outputs = [(name, object if loaded.outputs[name].dtype == tf.string else None) for name in outputs]
+        self._run = session.make_callable(
+            [loaded.outputs[name].name for name in outputs], [loaded.inputs[name].name for name in self._inputs]
+        )
 
     def __call__(self, inputs):
-        tf = self._tf
         try:
-            with tf.device(self._device):
-                tensors = {name: tf.constant(array, self._specs[name].dtype) for name, array in inputs.items()}
-                # By keyword: called by position, a loaded signature first raises and formats an error, for 2.5 ms.
-                outputs = self._signature(**tensors)
-        except (TypeError, ValueError, tf.errors.OpError) as error:
+            values = self._run(*[inputs[name] for name in self._inputs])
+        except self._errors as error:
             raise ModelError(f"TensorFlow cannot run the model on these inputs: {_reason(error)}") from error
         # A scalar comes as a bare value, a string's as bytes.
-        return {name: np.asarray(tensor.numpy(), tensor.dtype.as_numpy_dtype) for name, tensor in outputs.items()}
+        return {name: np.asarray(value, dtype) for (name, dtype), value in zip(self._outputs, values, strict=True)}
+
+
+def _plain(path):
+    """Return a path for TensorFlow, which takes brackets in one for a pattern."""
+    if glob.escape(str(path)) == str(path):
+        return str(path)
+    return f"/proc/self/fd/{os.open(path, os.O_RDONLY)}"  # It stays open: a graph may read its assets late.
+
+
+def _import_tensorflow():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Told to use the older tf_keras, TensorFlow does not import Keras: 0.5 s, and its user's settings may be broken.
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    import tensorflow
+
+    return tensorflow
 
 
 def _reason(error):
-    """Return what a message of TensorFlow or LiteRT says is wrong: one line of it, or which operations LiteRT lacks."""
-    message = str(error)
-    missing = re.search(r"^(?:TF Select|Custom) ops: (.+)", message, re.M)  # The whole graph follows.
-    if missing:
-        return f"it has no {missing[1]}"
-    # Names of nodes surround the line.
-    return (message.partition("\n\t [[")[0].splitlines() or [type(error).__name__])[-1]
+    """Return what a message of TensorFlow says is wrong, as one line without the graph's nodes that surround it."""
+    message = str(getattr(error, "message", error)).removeprefix("Graph execution error:").partition("\n\t [[")[0]
+    message = re.sub(r"\{\{\w+ .*?\}\}", "", re.split(r"\nNode: .*\n", message)[-1])
+    return " ".join(message.split()) or type(error).__name__
 
 
-def _tensor_specs(tensors):
-    return {
-        name: TensorSpec(spec.dtype.name, None if spec.shape.rank is None else tuple(spec.shape))
-        for name, spec in sorted(tensors.items())
-    }
+def _read_signature(path, tag, name):
+    """Return the name, inputs and outputs of the signature `name`, or the default one, of the graph with this one tag.
 
-
-def _lite_runner(content, examples):
-    """Return a function that runs the model on inputs shaped like these, and returns its outputs."""
-    # TensorFlow's own tf.lite.Interpreter is deprecated for this package, which needs no TensorFlow.
-    from ai_edge_litert.interpreter import Interpreter
-
-    if not all(array.size for array in examples.values()):  # LiteRT itself mostly refuses that, but not always.
-        raise ValueError("an input is empty")
-    interpreter = Interpreter(model_content=content, num_threads=1)
-    signature = interpreter.get_signature_runner(SIGNATURE)
-    inputs, outputs = (
-        {name: tensor["index"] for name, tensor in details.items()}
-        for details in (signature.get_input_details(), signature.get_output_details())
-    )
-    del signature  # It would do what run() does, but allocate anew at every call, and nobody else may while it lives.
-    for name, index in inputs.items():
-        interpreter.resize_tensor_input(index, examples[name].shape)
-    interpreter.allocate_tensors()
-
-    def run(arrays):
-        for name, index in inputs.items():
-            interpreter.set_tensor(index, arrays[name])
-        interpreter.invoke()
-        return {name: interpreter.get_tensor(index) for name, index in outputs.items()}
-
-    return run
-
-
-def _examples(specs, batch_size):
-    """Return a batch for each TensorSpec: every other example in 0…255, the others in 0…1, as models are fed.
-
-    Raises ModelError for a dtype that NumPy lacks.
+    They stand in saved_model.pb. Raises ModelError when there is no such file, graph or signature.
     """
-    random = np.random.default_rng(0)
+    file = path / "saved_model.pb"
+    if not file.is_file():
+        raise ModelError(f"no SavedModel in {path}: it has no saved_model.pb")
+    try:
+        # The numbers are those of the fields of SavedModel, MetaGraphDef, MetaInfoDef, SignatureDef and TensorInfo in
+        # tensorflow/core/protobuf. TensorFlow's own classes of them come with TensorFlow alone.
+        graphs = [_parse(graph) for graph in _parse(memoryview(file.read_bytes()))[2]]
+        tags = [sorted(_text(text) for info in graph[1] for text in _parse(info)[4]) for graph in graphs]
+        if not graphs:
+            raise IndexError("no graph")
+        if [tag] not in tags:
+            raise ModelError(
+                f"the SavedModel in {path} has no graph with the tag {tag!r}, it has those with {_listed(tags)}"
+            )
+        signatures = _entries(graphs[tags.index([tag])][5])
+        name = name or _default_signature(signatures)
+        if name not in signatures:
+            there = _listed(key for key in signatures if key not in NOT_SERVED)
+            raise ModelError(f"the SavedModel in {path} has no signature {name!r}, it has {there or 'none'}")
+        sides = [_entries(signatures[name][number]) for number in (1, 2)]
+        return (name, *({key: _tensor_spec(key, info) for key, info in side.items()} for side in sides))
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror}") from error
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot load the SavedModel in {path}: its saved_model.pb is damaged") from error
+
+
+# What SavedModels keep among their signatures and no client asks for.
+NOT_SERVED = ("__saved_model_init_op", "__saved_model_train_op")
+
+
+def _default_signature(signatures):
+    served = [name for name in signatures if name not in NOT_SERVED]
+    return served[0] if len(served) == 1 else SIGNATURE
+
+
+def _listed(names):
+    return ", ".join(repr(name) if isinstance(name, str) else repr(", ".join(name)) for name in names)
+
+
+def _parse(message):
+    """Return the values of a protocol buffer by the numbers of its fields: integers, or the bytes of anything longer.
+
+    Raises IndexError or KeyError for a damaged message.
+    """
+    fields = defaultdict(list)
+    position = 0
+
+    def integer():
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while position < len(message):
+        number, kind = divmod(integer(), 8)
+        if kind == 0:
+            value = integer()
+        else:
+            size = integer() if kind == 2 else {1: 8, 5: 4}[kind]
+            value = message[position : position + size]
+            position += size
+            if position > len(message):
+                raise IndexError("the message ends inside a field")
+        fields[number].append(value)
+    return fields
+
+
+def _entries(field):
+    """Return a map of messages, which has the fields 1 for a key and 2 for a value, sorted by key."""
+    entries = [_parse(entry) for entry in field]
+    return dict(sorted(((_text(entry[1][0]), _parse(entry[2][0])) for entry in entries), key=lambda entry: entry[0]))
+
+
+def _text(value):
+    return bytes(value).decode()
+
+
+def _tensor_spec(name, info):
+    if not info[1]:
+        raise ModelError(f"{name} is a sparse or composite tensor, which has more than one part")
+    dtypes = dict(enumerate(DTYPES.split()))
+    (number,) = info[2] or [0]
+    shape = _parse(info[3][0]) if info[3] else defaultdict(list)
+    sizes = [sum(_parse(dim)[1]) for dim in shape[2]]
+    return TensorSpec(
+        dtypes.get(number, f"type {number}"),
+        # -1 is an open size; negative numbers are written with 64 bits.
+        None if any(shape[3]) else tuple(None if size >> 63 else size for size in sizes),
+    )
+
+
+# Operations that TensorFlow calls stateful and that change nothing.
+HARMLESS = {"Placeholder", "PartitionedCall", "StatefulPartitionedCall", "VarHandleOp", "ReadVariableOp", "VariableV2"}
+CONTROL_FLOW = re.compile("(Stateless)?(If|While|Case)|For|Switch|Merge|Enter")
+# Kinds of examples to compare on, and by what random ones are multiplied for them.
+KINDS = {"random": 1, "zero": 0, "negative": -1, "large": 1e6, "NaN": np.nan, "infinite": np.inf}
+
+
+def add_twin(path):
+    """Convert the SavedModel in the directory `path` to LiteRT, compare the two, and write the twin into it.
+
+    Raises ModelError with the reason where the twin would not answer as TensorFlow does.
+    """
+    tf = _import_tensorflow()
+    from tensorflow.lite.python.convert_phase import ConverterError  # Not exported, alas.
+
+    path = Path(path)
+    refused = f"the SavedModel in {path} gets no twin"
+    model = SavedModel(path, device="/CPU:0", signature=SIGNATURE)
+    shapes = [spec.shape for spec in (*model.inputs.values(), *model.outputs.values())]
+    if any(shape is None or None in shape[1:] for shape in shapes):
+        raise ModelError(f"{refused}: more than the first size of a tensor is open")
+    for name, has_strings, is_stateful in _operations(path):
+        if is_stateful and name not in HARMLESS:
+            raise ModelError(f"{refused}: its {name} checks, keeps, prints or draws something")
+        if CONTROL_FLOW.fullmatch(name):
+            raise ModelError(f"{refused}: its {name} is control flow")
+        if has_strings and name != "Const":  # What the constant is for stands first.
+            raise ModelError(f"{refused}: its {name} handles strings")
+    try:
+        content = tf.lite.TFLiteConverter.from_saved_model(_plain(path), signature_keys=[SIGNATURE]).convert()
+    except (ConverterError, RuntimeError, ValueError) as error:
+        missing = re.search(r"^(?:TF Select|Custom) ops: (.+)", str(error), re.M)  # The whole graph follows.
+        reason = f"it has no {missing[1]}" if missing else str(error).strip().splitlines()[-1]
+        raise ModelError(f"{refused}, for LiteRT cannot run it: {reason}") from error
+    twin = path / TWIN
+    twin.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".twin-", dir=twin.parent) as temporary:
+        unfinished = Path(temporary, twin.name)
+        unfinished.write_bytes(content)
+        _compare(model, unfinished, refused)
+        (path / DIGESTS).unlink(missing_ok=True)
+        unfinished.replace(twin)
+        unfinished.write_text(_digests(path))
+        unfinished.replace(path / DIGESTS)
+
+
+def _operations(path):
+    """Yield (name, whether it handles strings, whether it is stateful) of every operation behind the outputs."""
+    from tensorflow.core.framework.types_pb2 import DT_STRING
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel as Message
+
+    graphs = Message.FromString((path / "saved_model.pb").read_bytes()).meta_graphs
+    (graph,) = [graph for graph in graphs if list(graph.meta_info_def.tags) == [TAG]]
+    stateful = {operation.name: operation.is_stateful for operation in graph.meta_info_def.stripped_op_list.op}
+    functions = {function.signature.name: function.node_def for function in graph.graph_def.library.function}
+    nodes = {node.name: node for node in graph.graph_def.node}
+    names = [output.name for output in graph.signature_def[SIGNATURE].outputs.values()]
+    behind = []
+    while names:
+        # A tensor's name is its operation's and a number; ^ stands before that of an operation that must run first.
+        node = nodes.pop(names.pop().lstrip("^").partition(":")[0], None)
+        if node:
+            behind.append(node)
+            names += node.input
+    for node in behind:  # It grows on the way, by the functions that it calls.
+        values = node.attr.values()
+        yield node.op, any(DT_STRING in (value.type, *value.list.type) for value in values), stateful.get(node.op, True)
+        for value in values:
+            for function in (value.func, *value.list.func):
+                behind += functions.pop(function.name, ())
+
+
+def _compare(model, twin, refused):
+    """Raise ModelError unless a SavedModel with this twin takes, refuses and answers what the model does."""
+    candidate = SavedModel(model._path, signature=SIGNATURE)
+    candidate._twin, candidate._session = str(twin), model._load_session()
+    interpreter = _Interpreter(candidate._twin, threads=1)
+    if not interpreter.has_signature(model):
+        raise ModelError(f"{refused}: LiteRT's version of it has another signature")
+    for kind, batch_size in itertools.product(KINDS, (1, 2, 5, 32, 0)):
+        examples = _examples(model.inputs, batch_size, kind)
+        # By how much a change in the last bits of the inputs changes TensorFlow's answers, LiteRT's may differ, too.
+        changed = {
+            name: (array * (1 + 2**-22)).astype(array.dtype) if array.dtype.kind == "f" else array
+            for name, array in examples.items()
+        }
+        expected, near, answers = _answers(model, examples), _answers(model, changed), _answers(candidate, examples)
+        if expected.keys() != answers.keys():
+            raise ModelError(f"{refused}: of LiteRT and TensorFlow only one answers {kind} inputs")
+        for name, array in expected.items():
+            same_shape = answers[name].shape == array.shape
+            if not same_shape or not _are_close(answers[name], array, near.get(name, array)):
+                raise ModelError(f"{refused}: for {kind} inputs LiteRT and TensorFlow differ in {name}")
+
+
+def _are_close(answers, expected, near):
+    with np.errstate(all="ignore"):
+        spread = np.abs(near.astype(float) - expected.astype(float))
+    spread = spread[np.isfinite(spread)].max(initial=0)
+    return np.allclose(answers, expected, rtol=TOLERANCE, atol=TOLERANCE + 4 * spread, equal_nan=True)
+
+
+def _answers(model, inputs):
+    """Return what the model answers: nothing, where it refuses the inputs."""
+    try:
+        return model.predict(inputs)
+    except ModelError:
+        return {}
+
+
+def _examples(specs, batch_size, kind):
+    """Return a batch for each TensorSpec: every other random example in 0…255, the others in 0…1, as models are fed."""
+    random = np.random.default_rng(batch_size)
     examples = {}
     for name, (dtype, shape) in specs.items():
-        values = random.random([batch_size if size is None else size for size in shape or ()])
+        values = random.random([batch_size if size is None else size for size in shape])
         if values.ndim:
             values[::2] *= 255
-        try:
-            examples[name] = values.astype(str).astype(object) if dtype == "string" else values.astype(dtype)
-        except TypeError as error:
-            raise ModelError(f"there are no examples of {dtype}") from error
+        with np.errstate(all="ignore"):
+            values *= KINDS[kind]
+            if np.dtype(dtype).kind in "iu":
+                values = np.nan_to_num(values).clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+            examples[name] = np.asarray(values, dtype)
     return examples
 
 
-def _convert_in_child(path):
-    """Return the signature of a SavedModel (see _convert) and the model for LiteRT, or None where it is not for it."""
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, __file__, path, directory]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        # Told to use the older tf_keras, TensorFlow does not import Keras, which takes 0.5 s and converts nothing.
-        # A GPU would take time, too, and TensorFlow's answers to compare with would be less exact.
-        environment = os.environ | {"TF_USE_LEGACY_KERAS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-        with subprocess.Popen(command, **pipes, env=environment, text=True, errors="replace") as child:
-            with suppress(ImportError):  # Meanwhile, for it takes a while, too; without it, the child says so.
-                import ai_edge_litert.interpreter  # noqa: F401
-            _, errors = child.communicate()
-        last_words = errors.strip().rpartition("\n")[2]
-        signature, lite = Path(directory, "signature.json"), Path(directory, "model.tflite")
-        if not signature.exists():
-            raise ModelError(last_words or f"cannot load the SavedModel in {path}: status {child.returncode}")
-        signature = json.loads(signature.read_text())
-        if child.returncode == 0:
-            return signature, lite.read_bytes()
-        return signature | {"reason": last_words}, None
-
-
-def _convert(path, directory):
-    """Write signature.json into `directory` and, when LiteRT runs the model as TensorFlow does, model.tflite."""
-    function = _TensorFlowFunction(path, None)
-    Path(directory, "signature.json").write_text(json.dumps({"inputs": function.inputs, "outputs": function.outputs}))
-    shapes = [spec.shape for spec in (*function.inputs.values(), *function.outputs.values())]
-    if any(shape is None or None in shape[1:] for shape in shapes):
-        raise ModelError("LiteRT is used where only the first size of each tensor is open")
-
-    import tensorflow as tf
-
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Give a SavedModel a twin for LiteRT, which serves it faster on a CPU."
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the SavedModel: the folder of saved_model.pb")
+    directory = parser.parse_args(argv).directory
     try:
-        content = tf.lite.TFLiteConverter.from_saved_model(path, signature_keys=[SIGNATURE]).convert()
-    except Exception as error:  # TensorFlow does not export the converter's own.
-        raise ModelError(f"LiteRT cannot run the model: {_reason(error)}") from error
-    examples = _examples(function.inputs, batch_size=4)
-    expected, answers = function(examples), _lite_runner(content, examples)(examples)
-    for name in expected:
-        same_shape = answers[name].shape == expected[name].shape
-        if not same_shape or not np.allclose(answers[name], expected[name], TOLERANCE, TOLERANCE, equal_nan=True):
-            raise ModelError(f"LiteRT and TensorFlow differ by more than {TOLERANCE}, or in shape, in {name}")
-    Path(directory, "model.tflite").write_bytes(content)
+        add_twin(directory)
+    except (ModelError, OSError) as error:
+        print(f"saved_model.py: {error}", file=sys.stderr)
+        return 1
+    print(directory / TWIN)
+    return 0
 
 
 if __name__ == "__main__":
-    gc.disable()  # TensorFlow's import leaves 250 000 objects, and to look for garbage among them takes 0.3 s.
-    try:
-        _convert(*sys.argv[1:])
-    except ModelError as error:
-        sys.exit(str(error))
-    os._exit(0)  # To take TensorFlow down would take 0.7 s.
+    raise SystemExit(main())

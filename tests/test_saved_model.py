@@ -1,6 +1,7 @@
 """saved_model.py: which version is the newest, LiteRT's answers against TensorFlow's, and what falls back or fails."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,16 @@ import tensorflow as tf
 from saved_models import save
 
 from mnist_preprocess import INPUT_NAME, MODEL_NAME, OUTPUT_NAME, ROOT
-from saved_model import MAX_SHAPES, SAVED_MODEL, ModelError, SavedModel, newest_version, versions
+from saved_model import DIGESTS, SAVED_MODEL, TWIN, ModelError, SavedModel, add_twin, main, newest_version, versions
 
 
 @pytest.fixture(scope="module")
-def trained(trained_repository):
-    return trained_repository / MODEL_NAME / "1" / SAVED_MODEL
+def trained(trained_repository, tmp_path_factory):
+    """The trained model with its twin."""
+    path = tmp_path_factory.mktemp("with twin") / SAVED_MODEL
+    shutil.copytree(trained_repository / MODEL_NAME / "1" / SAVED_MODEL, path)
+    add_twin(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +127,6 @@ def test_litert_process_forks_stays_small_and_never_imports_tensorflow(trained):
     assert int(kibibytes) < 100_000
 
 
-def test_kept_interpreters_are_bounded(trained, pictures):
-    model = SavedModel(trained)
-    for size in range(1, MAX_SHAPES + 20):
-        predict(model, pictures[:size])
-        assert len(model._interpreters) <= MAX_SHAPES
-
-
 def random_rows(x):
     return {"y": x + tf.random.uniform(tf.shape(x))}
 
@@ -153,30 +151,54 @@ def frequencies(x):
     return {"y": tf.math.real(tf.signal.fft(tf.cast(x, tf.complex64)))}
 
 
+def checked(x):
+    tf.debugging.assert_less(x, 1e9)
+    return {"y": 2 * x}
+
+
+def branched(x):
+    return {"y": tf.cond(tf.reduce_sum(x) > 0, lambda: 2 * x, lambda: 3 * x)}
+
+
+def printed(x):
+    tf.print(x)
+    return {"y": 2 * x}
+
+
+def square_root(x):
+    """A function whose answers to negative numbers are NaN."""
+    return {"y": tf.nn.relu(tf.sqrt(x))}
+
+
+def rows(x):
+    return {"y": tf.gather(tf.constant([0.5, 1.5, 2.5, 3.5]), x)}
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "dtype", "reason"),
     [
-        (texts, [None, 1], tf.string, "LiteRT cannot run the model: it has no StringJoin"),
-        (total, [None, None], tf.float32, "LiteRT is used where only the first size of each tensor is open"),
-        (doubled, None, tf.float32, "LiteRT is used where only the first size of each tensor is open"),
-        (beta, [None, 4], tf.float32, "LiteRT cannot run the model: it has no Betainc"),
-        (random_rows, [None, 4], tf.float32, "differ by more than"),
-        (frequencies, [None, 4], tf.float32, "or in shape, in y"),
+        (texts, [None, 1], tf.string, "handles strings"),
+        (total, [None, None], tf.float32, "more than the first size of a tensor is open"),
+        (doubled, None, tf.float32, "more than the first size of a tensor is open"),
+        (beta, [None, 4], tf.float32, "for LiteRT cannot run it: it has no Betainc"),
+        (random_rows, [None, 4], tf.float32, "its RandomUniform checks, keeps, prints or draws something"),
+        (checked, [None, 4], tf.float32, "checks, keeps, prints or draws something"),
+        (printed, [None, 4], tf.float32, "its PrintV2 checks, keeps, prints or draws something"),
+        (branched, [None, 4], tf.float32, "If is control flow"),
+        (frequencies, [None, 4], tf.float32, "differ in y"),
     ],
 )
-def test_what_litert_cannot_run_tensorflow_runs(tmp_path, function, shape, dtype, reason):
-    tf.random.set_seed(None)  # With a seed, which other tests set, LiteRT would draw TensorFlow's random numbers.
+def test_models_that_get_no_twin(tmp_path, function, shape, dtype, reason):
     save(tmp_path, "model", function, x=(shape, dtype))
     path = tmp_path / "model" / "1" / SAVED_MODEL
+    with pytest.raises(ModelError) as error:
+        add_twin(path)
+    is_sentence(error, f"the SavedModel in {path} gets no twin", reason)
+    assert not list((path / TWIN).parent.glob("*"))
     model = SavedModel(path)
-    prefix = "TensorFlow on the CPU: "
-    assert model.runtime.startswith(prefix)
-    assert reason in model.runtime
-    assert len(model.runtime) > len(prefix)
-    assert "\n" not in model.runtime
+    assert model.runtime == "TensorFlow on the CPU"
     if dtype is tf.string:
-        answer = model.predict({"x": np.array([[b"a"], [b"b"]], object)})["y"]
-        assert answer.tolist() == [[b"a!"], [b"b!"]]
+        assert model.predict({"x": np.array([[b"a"], [b"b"]], object)})["y"].tolist() == [[b"a!"], [b"b!"]]
     else:
         x = np.array([[0.5, 0.25, 0.75, 1.0]] * 2, np.float32)
         answer = model.predict({"x": x})["y"]
@@ -184,6 +206,57 @@ def test_what_litert_cannot_run_tensorflow_runs(tmp_path, function, shape, dtype
             assert ((x <= answer) & (answer < x + 1)).all()
         else:
             np.testing.assert_allclose(answer, function(x)["y"], rtol=1e-6)
+
+
+def same_as_tensorflow(model, on_tensorflow, inputs):
+    """Check that a model gives the very answers that TensorFlow gives, or refuses the inputs in the same words."""
+    try:
+        expected = on_tensorflow.predict(inputs)
+    except ModelError as refusal:
+        with pytest.raises(ModelError) as error:
+            model.predict(inputs)
+        assert str(error.value) == str(refusal)
+    else:
+        answers = model.predict(inputs)
+        assert answers.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(answers[name], array)
+
+
+@pytest.mark.parametrize("function", [doubled, square_root, rows])
+def test_a_twin_answers_and_refuses_what_tensorflow_does(tmp_path, function):
+    dtype = tf.int32 if function is rows else tf.float32
+    save(tmp_path, "model", function, x=([None, 3], dtype))
+    path = tmp_path / "model" / "1" / SAVED_MODEL
+    assert main([str(path)]) == 0
+    with_twin, without = SavedModel(path), SavedModel(path, "/CPU:0")
+    assert with_twin.runtime == "LiteRT on the CPU"
+    numbers = [0, 1, 3, 2, 9, -1, 2**30] + ([] if function is rows else [np.nan, np.inf, -np.inf, 0.25])
+    for number in numbers:
+        same_as_tensorflow(with_twin, without, {"x": np.full((2, 3), number, dtype.as_numpy_dtype)})
+    assert with_twin.predict({"x": np.zeros((0, 3), dtype.as_numpy_dtype)})["y"].shape == (0, 3)
+
+
+def test_a_twin_of_another_model_is_left_alone(trained, tmp_path, pictures):
+    path = tmp_path / SAVED_MODEL
+    shutil.copytree(trained, path)
+    (path / "saved_model.pb").write_bytes((path / "saved_model.pb").read_bytes() + bytes([0x08, 0x01]))
+    model = SavedModel(path)
+    assert model.runtime.startswith("TensorFlow on the CPU: its twin was made for another model")
+    assert predict(model, pictures[:3]).shape == (3, 10)
+    add_twin(path)
+    assert SavedModel(path).runtime == "LiteRT on the CPU"
+
+
+def test_a_damaged_twin_is_refused(trained, tmp_path):
+    path = tmp_path / SAVED_MODEL
+    shutil.copytree(trained, path)
+    (path / DIGESTS).unlink()
+    for content in (b"", b"damaged", (path / TWIN).read_bytes()[:1000]):
+        (path / TWIN).write_bytes(content)
+        with pytest.raises(ModelError) as error:
+            SavedModel(path)
+        is_sentence(error, path / TWIN, "delete it to have TensorFlow run the model")
 
 
 def test_missing_saved_model(tmp_path):
@@ -240,9 +313,8 @@ def test_inputs_that_do_not_fit(request, trained, model, inputs, sentence, devic
     is_sentence(error, sentence)
 
 
-def test_inputs_that_litert_refuses_spoil_nothing(model, pictures):
+@pytest.mark.parametrize("batch", [PICTURE[:0], PICTURE + np.nan, PICTURE - np.inf])
+def test_what_a_twin_does_not_answer_tensorflow_does(model, trained, pictures, batch):
     expected = predict(model, pictures[:1])
-    with pytest.raises(ModelError) as error:
-        predict(model, PICTURE[:0])
-    is_sentence(error, "LiteRT cannot run the model on these inputs: an input is empty")
+    same_as_tensorflow(model, SavedModel(trained, "/CPU:0"), {INPUT_NAME: batch})
     assert np.array_equal(predict(model, pictures[:1]), expected)
