@@ -147,6 +147,10 @@ def beta(x):
     return {"y": tf.math.betainc(x, x + 1.0, tf.fill(tf.shape(x), 0.5))}
 
 
+def one_more_row(x):
+    return {"y": tf.concat([x, tf.ones([1, 4])], axis=0)}
+
+
 def frequencies(x):
     return {"y": tf.math.real(tf.signal.fft(tf.cast(x, tf.complex64)))}
 
@@ -186,6 +190,7 @@ def rows(x):
         (printed, [None, 4], tf.float32, "its PrintV2 checks, keeps, prints or draws something"),
         (branched, [None, 4], tf.float32, "If is control flow"),
         (frequencies, [None, 4], tf.float32, "differ in y"),
+        (one_more_row, [None, 4], tf.float32, "y has 2 rows for 1 rows of the inputs"),
     ],
 )
 def test_models_that_get_no_twin(tmp_path, function, shape, dtype, reason):
@@ -313,8 +318,13 @@ def test_inputs_that_do_not_fit(request, trained, model, inputs, sentence, devic
     is_sentence(error, sentence)
 
 
-@pytest.mark.parametrize("batch", [PICTURE[:0], PICTURE + np.nan, PICTURE - np.inf])
+@pytest.mark.parametrize("batch", [PICTURE + np.nan, PICTURE - np.inf])
 def test_what_a_twin_does_not_answer_tensorflow_does(model, trained, pictures, batch):
     expected = predict(model, pictures[:1])
     same_as_tensorflow(model, SavedModel(trained, "/CPU:0"), {INPUT_NAME: batch})
     assert np.array_equal(predict(model, pictures[:1]), expected)
+
+
+def test_an_empty_batch_has_an_empty_answer(model):
+    answer = predict(model, PICTURE[:0])
+    assert (answer.shape, answer.dtype) == ((0, 10), np.float32)
