@@ -7,21 +7,21 @@ another pen every time.
 """
 
 import argparse
-import itertools
 import lzma
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # No traceback for Ctrl-C during the imports; main() takes over then.
 # TensorFlow reads this when it is imported: print what went wrong, not what the CPU could do.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Keras on TensorFlow, as it comes: other projects' keras.json says which backend, float type and data format they need.
+os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
 
 import keras
 import numpy as np
@@ -39,29 +39,31 @@ from mnist_preprocess import (
     ROOT,
     preprocess,
 )
-from saved_model import SAVED_MODEL, SIGNATURE, SavedModel, versions
+from publishing import check_writable, delete_old_versions, new_version, stop_cleanly
+from saved_model import SAVED_MODEL, SIGNATURE, ModelError, SavedModel
 
 DATA = ROOT / "images" / "mnist.npz"
 BATCH_SIZE = 128
 PEAK_LEARNING_RATE = 5e-3
-UNFINISHED = ".publishing-"
+
+
+class TrainingError(ValueError):
+    """Training or publishing that cannot be done; the message is a sentence for the user."""
 
 
 def prepare(data, train_size=None):
     """Read MNIST from an npz file laid out as Keras's mnist.npz.
 
     Returns (x_train, y_train), (x_test, y_test): pictures (n, 28, 28, 1) uint8 and digits (n,) uint8, of the
-    training pictures only the first `train_size`. Raises ValueError, with a sentence, for any other file.
+    training pictures only the first `train_size`. Raises TrainingError for any other file.
     """
     try:
         with np.load(data) as arrays:
             x_train, y_train, x_test, y_test = (arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"cannot read MNIST from {data}: {error}") from error
     except (AttributeError, TypeError) as error:  # NumPy reads an .npy file too, which holds one array without a name.
-        raise ValueError(f"cannot read MNIST from {data}: it is no npz file") from error
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"cannot read MNIST from {data}: the file is damaged ({error})") from error
+        raise TrainingError(f"cannot read MNIST from {data}: it is no npz file") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        raise TrainingError(f"cannot read MNIST from {data}: {error}") from error
     for pictures, digits in ((x_train, y_train), (x_test, y_test)):
         if (
             (pictures.ndim, pictures.dtype, digits.dtype) != (3, np.uint8, np.uint8)
@@ -69,10 +71,8 @@ def prepare(data, train_size=None):
             or not len(digits)
             or digits.max() >= CLASSES
         ):
-            raise ValueError(
-                f"{data} is not laid out as Keras's mnist.npz: "
-                f"pictures {pictures.dtype} {pictures.shape}, digits {digits.dtype} {digits.shape}"
-            )
+            found = f"pictures {pictures.dtype} {pictures.shape}, digits {digits.dtype} {digits.shape}"
+            raise TrainingError(f"{data} is not laid out as Keras's mnist.npz: {found}")
     return (x_train[:train_size, ..., np.newaxis], y_train[:train_size]), (x_test[..., np.newaxis], y_test)
 
 
@@ -95,21 +95,6 @@ def printed(count, seed):
     return pictures, digits
 
 
-class FirstConv2D(layers.Conv2D):
-    """Conv2D(filters, 5, strides=2) for pictures of one channel, over which it would take three times as long.
-
-    It has the same weights and gives the same results, but reads four neighbours in a row as four channels, and takes
-    two neighbouring points of the map in one step.
-    """
-
-    def convolution_op(self, inputs, kernel):
-        # Of the eight columns that the two points see together, the first sees 0 to 4 and the second 2 to 6.
-        kernels = [keras.ops.pad(kernel, [[0, 0], [start, 3 - start], [0, 0], [0, 0]]) for start in (0, 2)]
-        fours = keras.ops.reshape(keras.ops.concatenate(kernels, axis=-1), (5, 2, 4, 2 * self.filters))
-        points = keras.ops.conv(keras.ops.reshape(inputs, (-1, 28, 7, 4)), fours, strides=(2, 1))
-        return keras.ops.reshape(points, (-1, 12, 12, self.filters))
-
-
 def build():
     """Return the model: raw pixels (n, 28, 28, 1) in, probabilities (n, 10) out.
 
@@ -118,7 +103,7 @@ def build():
     """
     pictures = keras.Input(shape=IMAGE_SHAPE, name=INPUT_NAME)
     x = layers.Rescaling(1 / 255)(pictures)
-    x = normalised(x, FirstConv2D(16, 5, strides=2, use_bias=False))
+    x = normalised(x, layers.Conv2D(16, 5, strides=2, use_bias=False))
     # Strides halve the maps, where pooling would: a quarter of the arithmetic, and no digit more is misread.
     x = normalised(x, layers.Conv2D(32, 3, strides=2, use_bias=False))
     x = normalised(x, layers.Conv2D(96, 3, strides=2, use_bias=False))
@@ -134,6 +119,7 @@ def normalised(x, layer):
     return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(layer(x)))
 
 
+@tf.autograph.experimental.do_not_convert  # There is nothing to convert, and files in /tmp would come of it.
 def augment(pictures, digits):
     """Return the pictures of one batch as other hands might have written them, float32, and their digits one-hot.
 
@@ -169,7 +155,10 @@ def among_neighbours(choose, pictures):
 
 
 def train(model, pictures, digits, epochs):
-    """Fit the model to pictures (n, 28, 28, 1) uint8 and digits (n,), every epoch augmented anew."""
+    """Fit the model to pictures (n, 28, 28, 1) uint8 and digits (n,), every epoch augmented anew.
+
+    Raises TrainingError when the loss is no longer finite: what was learnt until then is lost, too.
+    """
     batches = tf.data.Dataset.from_tensor_slices((pictures, digits)).shuffle(len(pictures)).batch(BATCH_SIZE)
     batches = batches.map(augment).prefetch(2)
     options = tf.data.Options()
@@ -189,7 +178,10 @@ def train(model, pictures, digits, epochs):
         optimizer=keras.optimizers.Adam(learning_rate),
         metrics=["accuracy"],
     )
-    model.fit(batches, epochs=epochs, shuffle=False)  # The batches are shuffled already.
+    # The batches are shuffled already.
+    history = model.fit(batches, epochs=epochs, shuffle=False, callbacks=[keras.callbacks.TerminateOnNaN()])
+    if not np.isfinite(history.history["loss"]).all():
+        raise TrainingError(f"nothing was published: the loss became {history.history['loss'][-1]}")
 
 
 def export(model, path):
@@ -201,7 +193,7 @@ def export(model, path):
     trainable = [variable.numpy() for variable in model.trainable_variables]
     non_trainable = [variable.numpy() for variable in model.non_trainable_variables]
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *IMAGE_SHAPE], tf.float32, name=INPUT_NAME)])
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, *IMAGE_SHAPE], tf.float32, name=INPUT_NAME)])
     def serve(pictures):
         probabilities, _ = model.stateless_call(trainable, non_trainable, pictures, training=False)
         return {OUTPUT_NAME: probabilities}
@@ -212,96 +204,67 @@ def export(model, path):
 def publish(model, model_directory, pictures):
     """Export the model as the next version below `model_directory` and return that version's directory.
 
-    The version appears whole, by one rename, after its answers to `pictures` were compared with the model's own:
-    whatever stops this process, a server that watches the directory sees all of the version or nothing.
-    Raises RuntimeError when the answers differ.
+    It appears there whole, after its answers to `pictures` were compared with the model's own. Raises ModelError when
+    they differ.
     """
-    model_directory.mkdir(parents=True, exist_ok=True)
-    for leftover in model_directory.glob(f"{UNFINISHED}*"):
-        # A killed run could not remove it; publishing takes seconds, so after an hour no run is at it any more.
-        if time.time() - leftover.stat().st_mtime > 3600:
-            shutil.rmtree(leftover, ignore_errors=True)
-    # On the same file system as its destination, and under a name that Triton does not take for a version.
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=model_directory) as temporary:
-        version = Path(temporary, "version")
-        version.mkdir()
-        export(model, version / SAVED_MODEL)
-        answers = SavedModel(version / SAVED_MODEL, device="/CPU:0").predict({INPUT_NAME: pictures.astype(np.float32)})[
-            OUTPUT_NAME
-        ]
-        if not np.allclose(answers, model.predict(pictures, verbose=0), rtol=0, atol=1e-5):
-            raise RuntimeError("the exported model answers differently from the trained one: nothing was published")
-        for number in itertools.count(max(versions(model_directory), default=0) + 1):
-            destination = model_directory / str(number)
-            try:
-                return version.rename(destination)
-            except OSError:
-                # Another run took this number in between, or a file has it: try the next one.
-                if not destination.exists():
-                    raise
+    pictures = pictures.astype(np.float32)
+    with new_version(model_directory) as version:
+        export(model, SAVED_MODEL)
+        answers = SavedModel(SAVED_MODEL).predict({INPUT_NAME: pictures})[OUTPUT_NAME]
+        with tf.device("/CPU:0"):  # A GPU rounds earlier, which is no reason to refuse a model.
+            expected = model(pictures, training=False)
+        if not np.allclose(answers, expected, rtol=0, atol=1e-5):
+            raise ModelError("the exported model answers differently from the trained one")
+    return version
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--data", type=Path, default=DATA, metavar="FILE", help="an npz file laid out as Keras's mnist.npz"
-    )
-    parser.add_argument("--epochs", type=positive, default=26, metavar="N", help="passes over the training pictures")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="the start of every random number")
-    parser.add_argument("--train-size", type=positive, metavar="N", help="train on the first N pictures only")
-    parser.add_argument(
-        "--model-repository", type=Path, default=MODEL_REPOSITORY, metavar="DIR", help="where to publish the model"
-    )
+    option, count = parser.add_argument, within(1, 10**9)
+    option("--data", type=Path, default=DATA, metavar="FILE", help="an npz file laid out as Keras's mnist.npz")
+    option("--epochs", type=count, default=26, metavar="N", help="passes over the training pictures")
+    option("--seed", type=within(0, 2**32 - 1), default=0, metavar="N", help="the start of every random number")
+    option("--train-size", type=count, metavar="N", help="train on the first N pictures only")
+    option("--model-repository", type=Path, default=MODEL_REPOSITORY, metavar="DIR", help="where to publish the model")
+    option("--min-accuracy", type=within(0, 100, float), default=95, metavar="PERCENT", help="publish nothing below it")
+    option("--keep", type=count, metavar="N", help="delete all versions but the newest N")
     return parser.parse_args(argv)
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+def within(low, high, kind=int):
+    """Return what makes an option's text a number in low to high."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
+        return value
+
     return number
-
-
-def seed(text):
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 to {2**32 - 1}")
-    return number
-
-
-def check_writable(directory):
-    """Raise OSError unless `directory` can be written to, or made; it makes none, for training may yet be stopped."""
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise OSError(f"{existing} is not a folder that can be written to")
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Whoever stops it, it takes its leavings along.
+    stop_cleanly(args.model_repository / MODEL_NAME)
     try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("train.py: stopped", file=sys.stderr, flush=True)
-        with suppress(OSError):  # Whoever read it may have been stopped as well.
-            sys.stdout.flush()
-        # Not by way of Python's end: there TensorFlow waits for the epoch to be over, seconds or longer.
-        os._exit(130)
-
-
-def run(args) -> int:
-    # Prepare.
-    try:
-        (x_train, y_train), (x_test, y_test) = prepare(args.data, args.train_size)
-        check_writable(args.model_repository / MODEL_NAME)  # To fail now, and not after training.
-    except ValueError as error:
+        run(args)
+    except TrainingError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def run(args):
+    """Train and publish, and print how it went. Raises TrainingError, with a sentence, when that cannot be done."""
+    # Prepare.
+    model_directory = args.model_repository / MODEL_NAME
+    (x_train, y_train), (x_test, y_test) = prepare(args.data, args.train_size)
+    try:
+        check_writable(model_directory)  # To fail now, and not after training.
     except OSError as error:
-        print(f"train.py: cannot publish the model in {args.model_repository}: {error}", file=sys.stderr)
-        return 1
+        raise TrainingError(f"cannot publish the model in {args.model_repository}: {error}") from error
     print(f"{len(x_train)} training pictures, {len(x_test)} test pictures")
 
     # Build and train.
@@ -315,16 +278,23 @@ def run(args) -> int:
     # Evaluate.
     _, accuracy = model.evaluate(x_test, keras.utils.to_categorical(y_test, CLASSES), batch_size=1000, verbose=0)
     print(f"Test accuracy: {accuracy:.2%}, after {seconds:.0f} s of training")
+    if not 100 * accuracy >= args.min_accuracy:
+        raise TrainingError(
+            f"nothing was published: {accuracy:.2%} is less than the --min-accuracy {args.min_accuracy:g}"
+        )
 
     # Publish.
     try:
-        version = publish(model, args.model_repository / MODEL_NAME, x_test[:100])
-    except (OSError, RuntimeError, tf.errors.OpError) as error:
-        print(f"train.py: cannot publish the model in {args.model_repository}: {error}", file=sys.stderr)
-        return 1
-    print(f"Published version {version.name}: {os.path.relpath(version / SAVED_MODEL)}")
+        version = publish(model, model_directory, x_test[:100])
+        print(f"Published version {version.name}: {os.path.relpath(version / SAVED_MODEL)}")
+    except (OSError, ModelError, tf.errors.OpError) as error:
+        raise TrainingError(f"cannot publish the model in {args.model_repository}: {error}") from error
+    try:
+        if args.keep:
+            delete_old_versions(model_directory, args.keep)
+    except OSError as error:
+        raise TrainingError(f"cannot delete old versions in {args.model_repository}: {error}") from error
     print("Next: python flask/server.py")
-    return 0
 
 
 if __name__ == "__main__":
