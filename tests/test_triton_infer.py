@@ -1,16 +1,27 @@
 """triton-infer.py against the real Triton: its exact answers, and its sentence for whatever goes wrong."""
 
 import importlib
+import json
 import shutil
 import socket
+import socketserver
+import struct
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import grpc
+import numpy as np
 import pytest
 from conftest import free_ports
+from google.protobuf import json_format
+from tritonclient import grpc as grpcclient
+from tritonclient import http as httpclient
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE
 
@@ -181,6 +192,303 @@ def test_server_that_is_no_triton(ask, service, kind):
     assert (status, err.count("\n")) == (1, 1), err
     assert err.startswith("triton-infer.py: ")
     assert url in err
+
+
+METADATA = {
+    "name": MODEL_NAME,
+    "inputs": [{"name": "input_1", "datatype": "FP32", "shape": [-1, 28, 28, 1]}],
+    "outputs": [{"name": "output_1", "datatype": "FP32", "shape": [-1, 10]}],
+}
+PROBABILITIES = [0.01] * 7 + [0.91] + [0.01] * 2
+FLOATS = np.float32(PROBABILITIES).tobytes()
+
+
+def reply(body, status="200 OK", length=None, **headers):
+    """Return an HTTP answer; a body that is not of bytes becomes JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Length": len(body) if length is None else length} | headers
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode() + body
+
+
+def output(**changes):
+    """Return an answer to an inference, right but for the changes; None leaves a member out."""
+    tensor = {"name": "output_1", "datatype": "FP32", "shape": [1, 10], "data": PROBABILITIES} | changes
+    return reply({"outputs": [{name: value for name, value in tensor.items() if value is not None}]})
+
+
+def binary(size=40, raw=FLOATS, header_length=None, **changes):
+    """Return the same with its numbers as bytes behind the JSON, as the client asks for them."""
+    tensor = {"name": "output_1", "datatype": "FP32", "shape": [1, 10], "parameters": {"binary_data_size": size}}
+    header = json.dumps({"outputs": [tensor | changes]}).encode()
+    length = len(header) if header_length is None else header_length
+    return reply(header + raw, Inference_Header_Content_Length=length)
+
+
+def classes(*texts):
+    raw = b"".join(struct.pack("<I", len(text)) + text for text in texts)
+    return binary(len(raw), raw, datatype="BYTES", shape=[1, len(texts)])
+
+
+def silence():
+    yield b""
+    time.sleep(3)
+
+
+def drip():
+    yield b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+    while True:
+        time.sleep(0.2)
+        yield b" "
+
+
+def drip_headers():
+    yield b"HTTP/1.1 200 OK\r\n"
+    while True:
+        time.sleep(0.2)
+        yield b"X: y\r\n"
+
+
+def torrent():
+    yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    while True:
+        yield b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+
+
+# What an HTTP server may say when it is asked for the model's metadata, and then, where the metadata is right, for an
+# inference. Each is a sentence, in time, and never a digit.
+BAD_METADATA = {
+    "deep JSON": reply(b"[" * 100_000 + b"]" * 100_000),
+    "deep object": reply(b'{"inputs":' * 100_000),
+    "a number": reply(7),
+    "a string": reply("inputs"),
+    "null": reply(None),
+    "not UTF-8": reply(b'{"inputs": "\xff\xfe"}'),
+    "inputs of text": reply(METADATA | {"inputs": "input_1"}),
+    "inputs of numbers": reply(METADATA | {"inputs": [1, 2]}),
+    "inputs null": reply(METADATA | {"inputs": None}),
+    "no outputs": reply({"inputs": METADATA["inputs"]}),
+    "shape of text": reply(METADATA | {"inputs": [{"name": "input_1", "datatype": "FP32", "shape": ["x"]}]}),
+    "shape null": reply(METADATA | {"inputs": [{"name": "input_1", "datatype": "FP32", "shape": None}]}),
+    "infinite shape": reply(b'{"inputs": [{"name": "a", "datatype": "b", "shape": [1e999]}]}'),
+    "closed at once": b"",
+    "half a header": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "half a body": reply(b"{}", length=1000),
+    "impossible length": reply(b"{}", length="many"),
+    "negative length": reply(b"{}", length=-1),
+    "enormous length": reply(b"{}", length=10**30),
+    "bad chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
+    "a moved page": reply(b"", "302 Found", Location="http://127.0.0.1:1/"),
+    "no entry": reply(b"", "401 Unauthorized"),
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "an error that is a number": reply({"error": 7}, "400 Bad Request"),
+    "an error that is null": reply({"error": None}, "400 Bad Request"),
+    "no status": b"HTTP/1.1\r\n\r\n",
+    "HTTP/2": b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x00\x04\x00\x01\x00\x00",
+    "a long header": b"HTTP/1.1 200 OK\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n{}",
+    "silence": silence,
+    "a byte now and then": drip,
+    "a header now and then": drip_headers,
+    "no end": torrent,
+}
+BAD_ANSWERS = {
+    "deep JSON": reply(b"[" * 100_000 + b"]" * 100_000),
+    "a list": reply([1]),
+    "no outputs": reply({}),
+    "outputs null": reply({"outputs": None}),
+    "outputs empty": reply({"outputs": []}),
+    "another name": output(name="output_0"),
+    "no name": output(name=None),
+    "no data": output(data=None),
+    "nine": output(data=PROBABILITIES[:9]),
+    "eleven": output(data=[*PROBABILITIES, 0.0]),
+    "of shape 9": output(data=PROBABILITIES[:9], shape=[1, 9]),
+    "of shape 1": output(data=[1.0], shape=[1, 1]),
+    "two pictures": output(data=PROBABILITIES * 2, shape=[2, 10]),
+    "no batch": output(shape=[10]),
+    "no shape": output(shape=None),
+    "negative shape": output(shape=[-1, -10]),
+    "enormous shape": output(shape=[1 << 70, 10]),
+    "shape of text": output(shape="10"),
+    "NaN": binary(raw=np.full(10, np.nan, np.float32).tobytes()),
+    "one NaN": binary(raw=np.float32([*PROBABILITIES[:9], np.nan]).tobytes()),
+    "infinite": binary(raw=np.float32([np.inf, *PROBABILITIES[:9]]).tobytes()),
+    "null probabilities": output(data=[None] * 10),
+    "text": output(data=["x"] * 10),
+    "objects": output(data=[{}] * 10),
+    "FP64": output(datatype="FP64"),
+    "INT32": output(datatype="INT32", data=[0] * 10),
+    "BYTES": output(datatype="BYTES", data=["7"] * 10),
+    "unknown datatype": output(datatype="FP31"),
+    "size too small": binary(size=36),
+    "bytes missing": binary(raw=FLOATS[:36]),
+    "negative size": binary(size=-4),
+    "size of text": binary(size="40"),
+    "size 0": binary(size=0, raw=b""),
+    "header too long": binary(header_length=10_000),
+    "header negative": binary(header_length=-1),
+    "header of text": binary(header_length="many"),
+    "not deflated": reply(b"junk", Content_Encoding="deflate"),
+    "not zipped": reply(b"junk", Content_Encoding="gzip"),
+    "failure": reply({"error": "it is broken"}, "500 Internal Server Error"),
+    "empty failure": reply(b"", "503 Service Unavailable"),
+    "silence": silence,
+    "a byte now and then": drip,
+}
+BAD_CLASSES = {
+    "no classes": output(),
+    "fewer": classes(b"0.9:7:7", b"0.1:1:1"),
+    "NaN": classes(b"nan:7:7", b"0.1:1:1", b"0.0:2:2"),
+    "no number": classes(b"0.9", b"0.1", b"0.0"),
+    "empty": classes(b"", b"", b""),
+    "a length that lies": binary(8, b"\xff\xff\xff\x7f0.9:", datatype="BYTES", shape=[1, 3]),
+}
+
+
+GOOD = reply(METADATA)
+
+
+@contextmanager
+def fake_http(metadata, answer=b""):
+    """Say these bytes, or what these functions yield, when asked for metadata or an inference; gives "host:port"."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            says = GOOD
+            while says is GOOD and (request := self.rfile.readline()):
+                lengths = [
+                    int(line[15:]) for line in iter(self.rfile.readline, b"\r\n") if line[:15] == b"Content-Length:"
+                ]
+                self.rfile.read(sum(lengths))
+                says = answer if request.startswith(b"POST") else metadata
+                with suppress(OSError):
+                    for part in [says] if isinstance(says, bytes) else says():
+                        self.wfile.write(part)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, block_on_close = True, False
+
+    with Server((HOST, 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"{HOST}:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def refused(client_module, url, timeout=1, top=None):
+    """Ask with a blank picture; returns the sentence, which must come in time."""
+    start = time.monotonic()
+    with pytest.raises(triton_infer.ServerError) as error:
+        triton_infer.infer(client_module, url, MODEL_NAME, np.zeros((1, 28, 28, 1), np.float32), timeout, top)
+    assert time.monotonic() - start < timeout + 1
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", BAD_METADATA)
+def test_http_server_with_bad_metadata(kind):
+    with fake_http(BAD_METADATA[kind]) as url:
+        assert url in refused(httpclient, url)
+
+
+@pytest.mark.parametrize("kind", BAD_ANSWERS)
+def test_http_server_with_bad_answer(kind):
+    with fake_http(GOOD, BAD_ANSWERS[kind]) as url:
+        assert url in refused(httpclient, url)
+
+
+@pytest.mark.parametrize("kind", BAD_CLASSES)
+def test_http_server_with_bad_classes(kind):
+    with fake_http(GOOD, BAD_CLASSES[kind]) as url:
+        assert url in refused(httpclient, url, top=3)
+
+
+@pytest.mark.parametrize(("answer", "top"), [(output(), None), (binary(), None), (classes(b"0.91:7:7", b"0.01:1"), 2)])
+def test_http_server_with_good_answer(answer, top):  # So that what refused() sees is the fault that is meant.
+    with fake_http(GOOD, answer) as url:
+        batch = np.zeros((1, 28, 28, 1), np.float32)
+        (found,) = triton_infer.infer(httpclient, url, MODEL_NAME, batch, 5, top)
+    assert (triton_infer.best(found) == "7 (91.00%), 1 (1.00%)") if top else found.argmax() == 7
+
+
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers right, but for what `change` does to an answer."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def ModelMetadata(self, request, context):
+        return json_format.ParseDict(METADATA, service_pb2.ModelMetadataResponse())
+
+    def ModelInfer(self, request, context):
+        response = service_pb2.ModelInferResponse(raw_output_contents=[FLOATS])
+        response.outputs.add(name="output_1", datatype="FP32", shape=[1, 10])
+        return self.change(response, context) or response
+
+
+@contextmanager
+def fake_grpc(change):
+    server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(FakeTriton(change), server)
+    port = server.add_insecure_port(f"{HOST}:0")
+    server.start()
+    try:
+        yield f"{HOST}:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def raw(content, **changes):
+    def change(response, context):
+        response.raw_output_contents[0] = content
+        for name, value in changes.items():
+            if name == "shape":
+                response.outputs[0].shape[:] = value
+            else:
+                setattr(response.outputs[0], name, value)
+
+    return change
+
+
+def abort(response, context):
+    context.abort(grpc.StatusCode.INTERNAL, "it is\nbroken \x1b[31m")
+
+
+BAD_GRPC_ANSWERS = {
+    "no outputs": lambda response, context: response.ClearField("outputs"),
+    "no bytes": lambda response, context: response.ClearField("raw_output_contents"),
+    "nothing": lambda response, context: service_pb2.ModelInferResponse(),
+    "another name": raw(FLOATS, name="output_0"),
+    "nine": raw(FLOATS[:36]),
+    "eleven": raw(FLOATS + FLOATS[:4]),
+    "not of four bytes": raw(FLOATS[:39]),
+    "of shape 9": raw(FLOATS[:36], shape=[1, 9]),
+    "no batch": raw(FLOATS, shape=[10]),
+    "negative shape": raw(FLOATS, shape=[-1, -10]),
+    "enormous shape": raw(FLOATS, shape=[1 << 62, 1 << 62]),
+    "NaN": raw(np.full(10, np.nan, np.float32).tobytes()),
+    "FP64": raw(FLOATS, datatype="FP64"),
+    "INT32": raw(FLOATS, datatype="INT32"),
+    "BYTES": raw(FLOATS, datatype="BYTES"),
+    "unknown datatype": raw(FLOATS, datatype="FP31"),
+    "failure": abort,
+    "silence": lambda response, context: time.sleep(3),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_GRPC_ANSWERS)
+def test_grpc_server_with_bad_answer(kind):
+    with fake_grpc(BAD_GRPC_ANSWERS[kind]) as url:
+        assert url in refused(grpcclient, url)
+
+
+def test_sentence_is_one_line_whatever_the_server_says(run):
+    with fake_http(GOOD, output()) as http_url, fake_grpc(abort) as grpc_url:
+        status, out, err = run(f"--http-url={http_url}", f"--grpc-url={grpc_url}")
+    assert (status, out) == (1, "HTTP Service | Prediction: 7\n")
+    assert err == f"triton-infer.py: Triton at {grpc_url} did not answer: it is\n"
 
 
 def test_line_that_is_no_http(ask):
