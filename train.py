@@ -40,7 +40,7 @@ from mnist_preprocess import (
     preprocess,
 )
 from publishing import check_writable, delete_old_versions, new_version, stop_cleanly
-from saved_model import SAVED_MODEL, SIGNATURE, ModelError, SavedModel
+from saved_model import SAVED_MODEL, SIGNATURE, ModelError, SavedModel, add_twin
 
 DATA = ROOT / "images" / "mnist.npz"
 BATCH_SIZE = 128
@@ -202,14 +202,15 @@ def export(model, path):
 
 
 def publish(model, model_directory, pictures):
-    """Export the model as the next version below `model_directory` and return that version's directory.
+    """Export the model with its LiteRT twin as the next version in `model_directory` and return that version's path.
 
-    It appears there whole, after its answers to `pictures` were compared with the model's own. Raises ModelError when
-    they differ.
+    It appears there whole, after the answers to `pictures` were compared with the model's own. Raises
+    ModelError when they differ.
     """
     pictures = pictures.astype(np.float32)
     with new_version(model_directory) as version:
         export(model, SAVED_MODEL)
+        add_twin(SAVED_MODEL)  # For CPUs. It is compared with TensorFlow there, and with Keras here.
         answers = SavedModel(SAVED_MODEL).predict({INPUT_NAME: pictures})[OUTPUT_NAME]
         with tf.device("/CPU:0"):  # A GPU rounds earlier, which is no reason to refuse a model.
             expected = model(pictures, training=False)
