@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -126,6 +128,25 @@ def test_the_first_frame_of_an_animation_counts(kind):
     file = io.BytesIO()
     GRAY.save(file, kind, save_all=True, append_images=[other])
     assert alike(open_image(file))
+
+
+def test_scipy_is_loaded_for_a_picture_that_needs_it_alone():
+    script = """
+import io, sys
+import numpy as np
+from PIL import Image
+from mnist_preprocess import open_image, preprocess
+with np.load("images/mnist.npz") as mnist:
+    picture = Image.fromarray(mnist["x_test"][0])
+for mode in ("L", "RGB", "RGBA", "P", "LA"):
+    file = io.BytesIO()
+    picture.convert(mode).save(file, "PNG")
+    preprocess(open_image(file))
+assert not any(name.split(".")[0] == "scipy" for name in sys.modules), "loaded too early"
+preprocess(open_image("images/wild_digits.png"))
+assert "scipy.ndimage" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=mnist_preprocess.ROOT, check=True)
 
 
 def test_mnist_passes_unchanged():

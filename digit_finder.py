@@ -1,0 +1,288 @@
+"""Find the digit in the pixels of any picture: the page, its paper, the ink on it, and which ink is the digit.
+
+It loads SciPy, so that mnist_preprocess.py imports it only when a picture needs it.
+"""
+
+import numpy as np
+from PIL import Image, ImageFilter
+from scipy import ndimage
+
+from picture_file import NoDigitError, as_image, four_sided
+
+PAPER_GRID = 24  # Cells along the longer side of the grid on which the paper's brightness is estimated.
+
+
+def find_digit(pixels: np.ndarray) -> np.ndarray:
+    """Return the ink of the digit on a picture of (height, width, 1 or 3) uint8, cut to the digit's box.
+
+    The ink is (height, width) float32, from 0 on paper to 1. Raises NoDigitError when there is none.
+    """
+    ink = without_ruled_lines(ink_on_paper(*page(pixels)))
+    return strokes(*digit_in(ink))
+
+
+# 1. The page: what surrounds it (a table, a frame, a window) has edges that are stronger than any ink's.
+
+
+def page(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels cut to the page, if one is seen, and a boolean array of what belongs to it.
+
+    A page is a region of one brightness with four sides and something in it, that does not fill the picture.
+    """
+    factor = -(-max(pixels.shape) // 128)
+    small = as_image(pixels).reduce(factor)
+    small = np.asarray(small, np.float32).reshape(small.height, small.width, -1)
+    value = (small - small.mean(axis=(0, 1))) @ main_axis(small - small.mean(axis=(0, 1)))
+    middle, separation = otsu(value)
+    splits = [middle]
+    if separation < 0.95:  # More than two kinds of brightness: table, page and ink.
+        splits += [otsu(value[value > middle])[0], otsu(value[value <= middle])[0]]
+    largest, found = 0, None
+    for split in splits:
+        for side in (value > split, value <= split):
+            hull, content = page_in(value, side)
+            if content > largest:
+                largest, found = content, hull
+    if found is None:
+        return pixels, np.ones(pixels.shape[:2], bool)
+    rows, columns = np.flatnonzero(found.any(1)) * factor, np.flatnonzero(found.any(0)) * factor
+    cut = slice(rows[0], rows[-1] + factor), slice(columns[0], columns[-1] + factor)
+    # The outermost cells are blurred with what surrounds the page.
+    found = ndimage.minimum_filter(found, 3)
+    inside = found.repeat(factor, 0).repeat(factor, 1)[: pixels.shape[0], : pixels.shape[1]]
+    paper = np.uint8(np.median(pixels[inside], axis=0))
+    return np.where(inside[..., None], pixels, paper)[cut], inside[cut]
+
+
+def page_in(value: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the largest region of `side`, its bays filled, and how large the largest thing in it is; 0 for no page."""
+    if side.sum() < 0.2 * side.size:
+        return side, 0
+    regions = Parts(side, FOUR_NEIGHBOURS)
+    region = regions.labels == regions.largest()
+    hull = filled(region)
+    covered = hull.sum() / hull.size
+    if not 0.2 < covered < 0.97 or region.sum() < 0.6 * hull.sum() or not four_sided(hull):
+        return hull, 0
+    others = Parts(~region)
+    outside = np.bincount(others.labels[~hull], minlength=len(others.area)) > 0
+    holes = np.where(outside | others.touch_edge, 0, others.area)
+    content = holes.argmax()
+    bays = hull.sum() - region.sum() - holes.sum()  # What crosses the border would be cut off.
+    if holes[content] == 0 or others.side[content] < 0.08 * min(hull.shape) or bays > 0.01 * hull.sum():
+        return hull, 0
+    # The page ends at once, unlike light that fades.
+    contrast = abs(np.median(value[region]) - np.median(value[others.labels == content]))
+    near, far = (step_at_border(value, hull, reach) for reach in (1, 4))
+    return hull, int(holes[content]) if near > max(0.12 * contrast, 0.6 * far) else 0
+
+
+def step_at_border(value: np.ndarray, region: np.ndarray, reach: int) -> float:
+    """Return how much the values differ between the two sides of a region's border, within `reach` pixels of it."""
+    size = 2 * reach + 1
+    within = value[region & ~ndimage.minimum_filter(region, size)]
+    beyond = value[~region & ndimage.maximum_filter(region, size)]
+    return abs(np.median(within) - np.median(beyond)) if within.size and beyond.size else 0.0
+
+
+# 2. Ink: how far every pixel is from the paper around it, along the colour axis on which they differ most.
+
+
+def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Return the ink, (height, width) float32 in gray levels, near 0 on paper and 0 outside of the page."""
+    image = as_image(pixels)
+    scale = PAPER_GRID / max(image.size)
+    grid = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
+    # A median keeps slopes and straight edges of light and shadow, and takes out strokes, which fill less than half.
+    uneven = np.asarray(grid.filter(ImageFilter.MedianFilter(15)), np.float32).reshape(grid.height, grid.width, -1)
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    even = np.broadcast_to(np.median(rim, axis=0).astype(np.float32), uneven.shape)
+    step = -(-max(image.size) // 128)
+    sample = pixels[::step, ::step].astype(np.float32)
+    tries = []
+    for paper in (uneven, even):
+        difference = sample - enlarged(paper, sample.shape[1::-1]).reshape(sample.shape)
+        axis = main_axis(difference)
+        value = difference @ axis
+        axis = axis if (value * value * value).sum() > 0 else -axis  # Ink is the side with the few large values.
+        threshold, separation = otsu(difference @ axis)
+        tries.append((separation, (difference @ axis > threshold).sum(), paper, axis))
+    paper, axis = tries[0][2:]
+    # Thick strokes fill more than half somewhere: then even paper separates better, with a little more ink, not a
+    # shadow's worth of it. Where light is uneven, less of the rim, or nearly nothing inside, is as bright as the paper.
+    at_rim, anywhere = (np.abs((colours - even[0, 0]) @ tries[1][3]) for colours in (rim, sample))
+    is_even = max(np.percentile(at_rim, 75), np.percentile(anywhere, 25)) < 0.1 * anywhere.max()
+    if is_even and tries[1][0] > tries[0][0] and tries[1][1] < 2.5 * tries[0][1]:
+        paper, axis = tries[1][2:]
+    return (pixels @ axis - enlarged((paper @ axis)[..., None], image.size)) * inside
+
+
+def enlarged(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return float32 (height, width, channels) resized smoothly to (width, height), channels of 1 dropped."""
+    channels = [Image.fromarray(grid[..., i]).resize(size, Image.Resampling.BILINEAR) for i in range(grid.shape[2])]
+    return np.squeeze(np.stack(channels, axis=-1), -1) if len(channels) == 1 else np.stack(channels, axis=-1)
+
+
+def main_axis(colours: np.ndarray) -> np.ndarray:
+    """Return the unit vector along which colours differ most from 0, float32 (channels,)."""
+    flat = colours.reshape(-1, colours.shape[-1])
+    return np.linalg.eigh(flat.T @ flat)[1][:, -1].astype(np.float32)
+
+
+def otsu(values: np.ndarray) -> tuple[float, float]:
+    """Return the threshold that splits values best into two classes, and the share of the variance that it explains.
+
+    Otsu, A Threshold Selection Method from Gray-Level Histograms, IEEE Transactions on Systems, Man, and Cybernetics
+    9, 1979.
+    """
+    if values.size == 0 or values.max() <= values.min():
+        return float(values.max(initial=0)), 0.0
+    low, width = float(values.min()), float(np.ptp(values)) / 63.99
+    share = np.bincount(((values - low) / width).astype(np.uint8).ravel(), minlength=64) / values.size
+    level = np.arange(64)
+    below, mass = np.cumsum(share)[:-1], np.cumsum(share * level)
+    mean = mass[-1]
+    between = (mean * below - mass[:-1]) ** 2 / (below * (1 - below)).clip(1e-9)
+    best = between.argmax()
+    return low + (best + 1) * width, float(between[best] / (share @ (level - mean) ** 2).clip(1e-9))
+
+
+# 3. The digit: without the paper's ruled lines and without dirt, and with all of its strokes.
+
+
+def ink_level(ink: np.ndarray) -> tuple[float, float]:
+    """Return the typical strength of the ink and the threshold above which a pixel is ink, not noise."""
+    least = threshold = faintest(ink)
+    strong = ink[ink > threshold]
+    for _ in range(6):
+        if not strong.size:
+            raise NoDigitError("no digit to be seen: the picture shows no ink that differs from its paper")
+        level = float(strong @ strong / strong.sum())
+        threshold = max(least, 0.45 * level)
+        strong = strong[strong > threshold]
+    return level, threshold
+
+
+def faintest(ink: np.ndarray) -> float:
+    """Return three standard deviations of the noise, and not less than 8 gray levels."""
+    # Of normal noise, a quarter is within 0.32 standard deviations; a quarter of the picture or more is paper.
+    return max(9.4 * float(np.percentile(np.abs(ink[::2, ::2]), 25)), 8.0)
+
+
+def without_ruled_lines(ink: np.ndarray) -> np.ndarray:
+    """Return the ink without lines that run from one side of the page to the other."""
+    threshold = ink_level(ink)[1]
+    mask = ink > max(threshold / 2, faintest(ink))  # Faint lines too: what is left of them would join the digit.
+    across = ruled_lines(mask)
+    down = ruled_lines((mask & ~across).T).T
+    return np.where(across | down, 0, ink)
+
+
+def ruled_lines(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels of thin straight lines from the left to the right; strokes that cross them are not theirs."""
+    lines = np.zeros_like(mask)
+    width = mask.shape[1]
+    if mask.any(axis=0).mean() < 0.8:
+        return lines
+    thick = max(3, width // 80)
+    length = run_lengths(mask)
+    thin = mask & (length <= thick)
+    bridged = thin.copy()  # Lines the other way cut these.
+    for shift in range(1, min(thick, width - 1) + 1):
+        bridged[:, shift:] |= thin[:, :-shift]
+    parts = Parts(bridged)
+    y, x = np.nonzero(thin)
+    owner = parts.labels[y, x]
+    wide, high = parts.right - parts.left, parts.bottom - parts.top
+    waiting = (wide > max(0.12 * width, 4)) & (high < 0.3 * wide)
+    waiting[0] = False
+    for part in np.flatnonzero(waiting):
+        if not waiting[part]:
+            continue
+        own_x, own_y = x[owner == part], y[owner == part]
+        centred = own_x - own_x.mean()
+        slope = centred @ own_y / max(centred @ centred, 1)
+        near = np.abs(y - own_y.mean() - slope * (x - own_x.mean())) <= 0.75 * thick + 0.5
+        covered = np.bincount(x[near], minlength=width) > 0
+        end = width // 8 + 1
+        if covered.mean() > 0.5 and covered[:end].mean() > 0.4 and covered[-end:].mean() > 0.4:
+            lines[y[near], x[near]] = True
+            waiting[owner[near]] = False
+    return lines
+
+
+def digit_in(ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ink from 0 to 1, and the pixels of the largest shape with the parts that belong to it."""
+    level, threshold = ink_level(ink)
+    mask = ink > threshold
+    parts = Parts(mask)
+    # What is along a whole side is more likely a shadow or a table, and what touches a side may be one.
+    along = (parts.bottom - parts.top > 0.95 * mask.shape[0]) | (parts.right - parts.left > 0.95 * mask.shape[1])
+    along &= parts.touch_edge
+    main = parts.largest(np.where(along, 0.02, np.where(parts.touch_edge, 0.3, 1)))
+    if parts.side[main] < 5 or parts.area[main] < 8:
+        raise NoDigitError("no digit to be seen: the picture shows nothing but specks")
+    digit = np.arange(len(parts.area)) == main
+    while True:
+        top, bottom = parts.top[digit].min(), parts.bottom[digit].max()
+        left, right = parts.left[digit].min(), parts.right[digit].max()
+        side = max(bottom - top, right - left)
+        gap = np.max([parts.top - bottom, top - parts.bottom, parts.left - right, left - parts.right], axis=0)
+        more = ~digit & ~along & (gap < 0.2 * side) & (parts.side > 0.15 * side) & (parts.area > 0)
+        if not more.any():
+            return np.clip(ink / level, 0, 1), digit[parts.labels]
+        digit |= more
+
+
+def strokes(ink: np.ndarray, digit: np.ndarray) -> np.ndarray:
+    """Return the ink of the digit's strokes with their soft edges, cut to the digit's box.
+
+    Strokes become at least 1/11 as thick as the digit is large; MNIST's are 1/10 to 1/5.
+    """
+    (cut,) = ndimage.find_objects(digit.astype(np.uint8))
+    digit = digit[cut]
+    ink = np.where(ndimage.maximum_filter(digit, 3), ink[cut], 0)
+    border = np.pi / 4 * sum(int(np.abs(np.diff(np.pad(digit, 1).astype(np.int8), axis=axis)).sum()) for axis in (0, 1))
+    thickness = 2 * digit.sum() / border  # A long stroke has two sides.
+    missing = round((max(digit.shape) / 11 - thickness) / 2)
+    return ndimage.maximum_filter(np.pad(ink, missing), 2 * missing + 1) if missing > 0 else ink
+
+
+# Shapes.
+
+FOUR_NEIGHBOURS, EIGHT_NEIGHBOURS = (ndimage.generate_binary_structure(2, reach) for reach in (1, 2))
+
+
+class Parts:
+    """The connected parts of a boolean array; label 0 is the background.
+
+    labels: (height, width) int; area, top, bottom, left, right, side (the longer one), touch_edge: one of each a label.
+    """
+
+    def __init__(self, mask: np.ndarray, neighbours: np.ndarray = EIGHT_NEIGHBOURS):
+        """Find the parts of pixels that touch each other."""
+        height, width = mask.shape
+        self.labels, count = ndimage.label(mask, neighbours)
+        boxes = [(height, 0, width, 0)]  # Nothing, for the background.
+        boxes += [(y.start, y.stop, x.start, x.stop) for y, x in ndimage.find_objects(self.labels)]
+        self.top, self.bottom, self.left, self.right = np.array(boxes).T
+        self.area = np.bincount(self.labels[mask], minlength=count + 1)
+        self.side = np.maximum(self.bottom - self.top, self.right - self.left)
+        self.touch_edge = (self.top == 0) | (self.left == 0) | (self.bottom == height) | (self.right == width)
+
+    def largest(self, weight=1) -> int:
+        """Return the label of the part with the largest weighted area."""
+        return int((self.area * weight).argmax())
+
+
+def run_lengths(mask: np.ndarray) -> np.ndarray:
+    """Return for every pixel how long its run of True along the column is."""
+    labels, _ = ndimage.label(mask, [[0, 1, 0], [0, 1, 0], [0, 1, 0]])
+    return np.bincount(labels.ravel())[labels] * mask
+
+
+def filled(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels that have pixels of the mask on both sides in their row, or in their column."""
+    reached = np.logical_or.accumulate
+    in_row = reached(mask, 1) & reached(mask[:, ::-1], 1)[:, ::-1]
+    return in_row | reached(mask, 0) & reached(mask[::-1], 0)[::-1]
