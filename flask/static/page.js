@@ -1,0 +1,221 @@
+// A drawing or a picture goes to /mnist_infer as soon as it changes, and the page shows the answer.
+
+const find = (id) => document.getElementById(id);
+const pad = find("pad");
+const pen = pad.getContext("2d");
+const answerSection = document.querySelector(".answer");
+const endpoint = new URL("mnist_infer?details=1", document.baseURI);
+const greeting = find("status").textContent;
+const PAUSE = 60; // Milliseconds between an answer and the next question while the pen moves.
+const PATIENCE = 30_000; // Milliseconds after which a server that does not answer counts as away.
+const LONGEST_WAIT = 15; // Seconds between two attempts to reach a server that is away.
+
+// What was done, oldest first: {points} is a stroke, {file, image} a picture, {} an empty sheet. Undo takes one away.
+const marks = [];
+
+function sheet() {
+  const start = marks.findLastIndex((mark) => !mark.points);
+  const strokes = marks.slice(start + 1);
+  const picture = !strokes.length && marks[start]?.file ? marks[start] : null; // Strokes begin a new sheet.
+  return { strokes, picture, empty: !strokes.length && !picture };
+}
+
+function paint() {
+  const { strokes, picture, empty } = sheet();
+  pad.className = picture ? "picture" : empty ? "blank" : "drawing";
+  pen.fillStyle = "#fff";
+  pen.fillRect(0, 0, pad.width, pad.height);
+  if (picture?.image) {
+    const { width, height } = picture.image;
+    const scale = pad.width / Math.max(width, height);
+    pen.drawImage(
+      picture.image, (pad.width - scale * width) / 2, (pad.height - scale * height) / 2, scale * width, scale * height,
+    );
+  }
+  pen.lineCap = pen.lineJoin = "round";
+  pen.lineWidth = pad.width / 16; // A digit fills most of the pad; MNIST's strokes are 1/10 to 1/5 of its height.
+  for (const { points } of strokes) {
+    pen.beginPath();
+    for (const [x, y] of points) pen.lineTo(x, y);
+    pen.lineTo(...points.at(-1)); // A single point is a dot.
+    pen.stroke();
+  }
+}
+
+// Asking: one request at a time; what changed meanwhile is asked about next, and a new sheet does not wait.
+
+let request = null; // The AbortController of the request under way.
+let changed = false;
+let retry; // The timer of the next attempt, and the seconds until then.
+let wait = 1;
+
+async function ask({ newSheet = false } = {}) {
+  changed = true;
+  if (newSheet) request?.abort();
+  if (request) return;
+  while (changed) {
+    changed = false;
+    clearTimeout(retry);
+    request = new AbortController();
+    answerSection.ariaBusy = "true";
+    await askOnce(request.signal);
+    answerSection.ariaBusy = "false";
+    await new Promise((done) => setTimeout(done, PAUSE));
+  }
+  request = null;
+}
+
+async function askOnce(aborted) {
+  const { picture, empty } = sheet();
+  if (empty) return show({}, greeting);
+  let response, answer;
+  try {
+    const form = new FormData();
+    form.append("image", picture ? await picture.file() : await new Promise((done) => pad.toBlob(done)), "digit");
+    const signal = AbortSignal.any([aborted, AbortSignal.timeout(PATIENCE)]);
+    response = await fetch(endpoint, { method: "POST", body: form, signal });
+    answer = await response.json();
+  } catch {
+    if (!aborted.aborted) tryAgain("the server does not answer");
+    return;
+  }
+  if (aborted.aborted) return;
+  if (response.status >= 500) return tryAgain(answer.Error, Number(response.headers.get("Retry-After")));
+  wait = 1;
+  if (response.ok) show(answer, inWords(answer));
+  else if (!stroke) show({}, answer.Error); // A stroke just begun is no digit yet, which is no news.
+}
+
+function tryAgain(sentence, seconds = 0) {
+  show({}, `${sentence}. Your picture is kept, and asked about again until there is an answer.`);
+  retry = setTimeout(ask, 1000 * Math.max(seconds, wait));
+  wait = Math.min(2 * wait, LONGEST_WAIT);
+}
+
+// Showing.
+
+const percent = (probability) => `${(Math.floor(1000 * probability) / 10).toFixed(1)} %`; // 100 only for certainty.
+
+function inWords({ Prediction, Confidence, Probabilities }) {
+  if (Confidence >= 0.6) return `${Prediction}, ${percent(Confidence)} sure.`;
+  const [best, second] = [...Probabilities.keys()].sort((a, b) => Probabilities[b] - Probabilities[a]);
+  return `Perhaps ${best}, perhaps ${second}.`;
+}
+
+function show({ Prediction, Probabilities, ModelVersion, Engine, Milliseconds, Input }, sentence) {
+  find("digit").textContent = Prediction ?? "";
+  find("engine").textContent = Engine ?? "–";
+  find("version").textContent = ModelVersion ?? "–";
+  find("time").textContent = Engine ? `${Milliseconds.toFixed(1)} ms` : "–";
+  find("seen").hidden = !Input;
+  if (Input) {
+    find("seen").src = Input;
+    const picture = Input.slice(Input.indexOf(",") + 1);
+    find("curl").textContent = `echo ${picture} | base64 -d | curl -F image=@- '${endpoint}'`;
+  }
+  [...find("bars").rows].forEach((row, digit) => {
+    const probability = Probabilities?.[digit];
+    row.className = String(digit) === Prediction ? "best" : "";
+    row.cells[1].style.setProperty("--probability", probability ?? 0);
+    row.cells[2].textContent = Probabilities ? percent(probability) : "–";
+  });
+  const text = stroke ? "" : sentence; // A screen reader reads out each change: none while the pen moves.
+  if (find("status").textContent !== text) find("status").textContent = text;
+}
+
+// Drawing, with one pointer at a time.
+
+let stroke = null;
+
+function extend(events) {
+  const { left, top, width } = pad.getBoundingClientRect();
+  const scale = pad.width / width;
+  for (const { clientX, clientY } of events) stroke.points.push([scale * (clientX - left), scale * (clientY - top)]);
+  paint();
+}
+
+pad.addEventListener("pointerdown", (event) => {
+  if (stroke || event.button !== 0) return;
+  pad.setPointerCapture(event.pointerId);
+  stroke = { points: [], pointer: event.pointerId };
+  marks.push(stroke);
+  extend([event]);
+});
+
+pad.addEventListener("pointermove", (event) => {
+  if (stroke?.pointer !== event.pointerId) return;
+  const between = event.getCoalescedEvents?.() ?? [];
+  extend(between.length ? between : [event]);
+  if (wait === 1) ask(); // A server that is away is asked at the end of a stroke only.
+});
+
+pad.addEventListener("lostpointercapture", () => {
+  stroke = null;
+  ask();
+});
+
+// Pictures, from wherever they come.
+
+function startSheet(mark) {
+  marks.push(mark);
+  paint();
+  ask({ newSheet: true });
+}
+
+function take(file) {
+  if (!file) return show({}, "There is no picture in it: drop or paste a picture itself.");
+  const picture = { file: () => file };
+  startSheet(picture);
+  createImageBitmap(file).then((image) => {
+    picture.image = image;
+    paint();
+  }, () => {}); // A browser reads fewer formats than the server, which says what is wrong with the picture.
+}
+
+for (const input of document.querySelectorAll("input")) {
+  input.addEventListener("change", () => {
+    if (input.files.length) take(input.files[0]);
+    input.value = ""; // So that the same file can be chosen again.
+  });
+}
+
+for (const image of document.querySelectorAll(".samples img")) {
+  const file = async () => (await fetch(image.src)).blob();
+  image.parentElement.addEventListener("click", () => startSheet({ file, image }));
+}
+
+addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.className = "target";
+});
+addEventListener("dragleave", () => (document.body.className = ""));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.className = "";
+  take(event.dataTransfer.files[0]);
+});
+
+// The buttons.
+
+function undo() {
+  marks.pop();
+  paint();
+  ask({ newSheet: true });
+}
+
+find("undo").addEventListener("click", undo);
+find("clear").addEventListener("click", () => startSheet({}));
+addEventListener("keydown", (event) => {
+  if ((event.ctrlKey || event.metaKey) && event.key === "z") undo();
+});
+
+find("copy").addEventListener("click", async () => {
+  getSelection().selectAllChildren(find("curl"));
+  // Browsers keep the clipboard from a page that came over plain HTTP from another machine.
+  const copied = await navigator.clipboard?.writeText(find("curl").textContent).then(() => true, () => false);
+  find("copy").textContent = copied ? "Copied" : "Press Ctrl+C";
+});
+
+paint();
