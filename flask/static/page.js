@@ -25,8 +25,8 @@ function paint() {
   pad.className = picture ? "picture" : empty ? "blank" : "drawing";
   pen.fillStyle = "#fff";
   pen.fillRect(0, 0, pad.width, pad.height);
-  if (picture?.image) {
-    const { width, height } = picture.image;
+  if (picture?.image.naturalWidth) {
+    const { naturalWidth: width, naturalHeight: height } = picture.image;
     const scale = pad.width / Math.max(width, height);
     pen.drawImage(
       picture.image, (pad.width - scale * width) / 2, (pad.height - scale * height) / 2, scale * width, scale * height,
@@ -57,9 +57,9 @@ async function ask({ newSheet = false } = {}) {
     changed = false;
     clearTimeout(retry);
     request = new AbortController();
-    answerSection.ariaBusy = "true";
+    answerSection.className = "answer waiting";
     await askOnce(request.signal);
-    answerSection.ariaBusy = "false";
+    answerSection.className = "answer";
     await new Promise((done) => setTimeout(done, PAUSE));
   }
   request = null;
@@ -83,7 +83,7 @@ async function askOnce(aborted) {
   if (response.status >= 500) return tryAgain(answer.Error, Number(response.headers.get("Retry-After")));
   wait = 1;
   if (response.ok) show(answer, inWords(answer));
-  else if (!stroke) show({}, answer.Error); // A stroke just begun is no digit yet, which is no news.
+  else show({}, answer.Error);
 }
 
 function tryAgain(sentence, seconds = 0) {
@@ -164,15 +164,14 @@ function startSheet(mark) {
 
 function take(file) {
   if (!file) return show({}, "There is no picture in it: drop or paste a picture itself.");
-  const picture = { file: () => file };
-  startSheet(picture);
-  createImageBitmap(file).then((image) => {
-    picture.image = image;
-    paint();
-  }, () => {}); // A browser reads fewer formats than the server, which says what is wrong with the picture.
+  const image = new Image();
+  image.src = URL.createObjectURL(file);
+  image.onload = paint; // The server reads more formats than a browser shows.
+  startSheet({ file: () => file, image });
 }
 
 for (const input of document.querySelectorAll("input")) {
+  input.previousElementSibling.addEventListener("click", () => input.click());
   input.addEventListener("change", () => {
     if (input.files.length) take(input.files[0]);
     input.value = ""; // So that the same file can be chosen again.

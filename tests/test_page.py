@@ -1,0 +1,348 @@
+"""The page to draw on, in a real browser: Debian's chromium, driven by Playwright, on the real Flask server."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from http.client import HTTPConnection
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from conftest import flask_server, require
+from playwright.sync_api import expect, sync_playwright
+
+from mnist_preprocess import HOST, ROOT, SAMPLE_IMAGE
+
+CHROMIUM = shutil.which("chromium")
+# Strokes on a pad of 448x448, as the page sends it.
+SEVEN = [[(130, 120), (330, 112), (300, 200), (230, 300), (205, 370)]]
+ONE = [[(240, 80), (215, 370)]]
+ZERO = [[(224 + 95 * math.sin(turn * math.tau / 24), 224 - 140 * math.cos(turn * math.tau / 24)) for turn in range(25)]]
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+PHONE = {"viewport": NARROW, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture(scope="module")
+def server(trained_repository, tmp_path_factory):
+    with flask_server(tmp_path_factory.mktemp("page") / "server.log", trained_repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    require(CHROMIUM, "needs a browser: apt-get install chromium")
+    flags = ["--disable-gpu", "--disable-quic", "--no-first-run"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Return what opens the page, as a new visitor with the options of a Playwright context."""
+    contexts, complaints = [], []
+
+    def open_page(port=server.port, script="", **options):
+        context = browser.new_context(**{"viewport": WIDE} | options)
+        contexts.append(context)
+        context.add_init_script(script)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"http://{HOST}:{port}/")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    # The browser itself notes every answer that is an error; nothing else may be said.
+    assert [complaint for complaint in complaints if not complaint.startswith("Failed to load resource")] == []
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()
+
+
+def draw(page, strokes, pointer="mouse"):
+    """Draw strokes with a mouse, a pen or a finger: the browser makes pointer events of its input, as of a person's."""
+    pad = page.locator("#pad")
+    pad.scroll_into_view_if_needed()
+    box = pad.bounding_box()
+    devtools = page.context.new_cdp_session(page)
+    names = ("touchStart", "touchMove", "touchEnd") if pointer == "touch" else ("Pressed", "Moved", "Released")
+
+    def send(step, point):
+        x, y = (box[side] + coordinate * box["width"] / 448 for side, coordinate in zip("xy", point, strict=True))
+        if pointer == "touch":
+            points = [] if step == 2 else [{"x": x, "y": y}]
+            devtools.send("Input.dispatchTouchEvent", {"type": names[step], "touchPoints": points})
+        else:
+            event = {"type": f"mouse{names[step]}", "x": x, "y": y, "pointerType": pointer, "button": "left"}
+            devtools.send("Input.dispatchMouseEvent", event | {"buttons": int(step != 2), "clickCount": 1})
+
+    for stroke in strokes:
+        send(0, stroke[0])
+        for (x, y), (next_x, next_y) in pairwise(stroke):
+            for part in (0.25, 0.5, 0.75, 1):
+                send(1, (x + part * (next_x - x), y + part * (next_y - y)))
+        send(2, stroke[-1])
+
+
+def ask(server, picture: bytes):
+    """Return the status and the server's answer to a picture, without the page."""
+    connection = HTTPConnection(HOST, server.port, timeout=60)
+    body = b'--b\r\nContent-Disposition: form-data; name="image"; filename="digit"\r\n\r\n' + picture + b"\r\n--b--\r\n"
+    try:
+        connection.request("POST", "/mnist_infer", body, {"Content-Type": "multipart/form-data; boundary=b"})
+        response = connection.getresponse()
+        return response.status, json.load(response)
+    finally:
+        connection.close()
+
+
+def percentages(page):
+    return [float(text.removesuffix(" %")) for text in page.locator("#bars .percent").all_inner_texts()]
+
+
+def expect_digit(page, digit):
+    expect(page.locator("#digit")).to_have_text(digit)
+    expect(page.locator(".answer")).to_have_class("answer")
+
+
+def expect_nothing(page):
+    expect(page.locator("#digit")).to_be_empty()
+    expect(page.locator("#status")).to_contain_text("Draw a digit")
+    expect(page.locator("#pad")).to_have_class("blank")
+
+
+@pytest.mark.parametrize(
+    ("digit", "strokes", "pointer"), [("7", SEVEN, "mouse"), ("1", ONE, "pen"), ("0", ZERO, "touch")]
+)
+def test_reads_what_is_drawn(open_page, digit, strokes, pointer):
+    page = open_page(**PHONE if pointer == "touch" else {})
+    expect_nothing(page)
+    draw(page, strokes, pointer)
+    expect(page.locator("#status")).to_contain_text(digit)
+    expect_digit(page, digit)
+    shown = percentages(page)
+    assert shown.index(max(shown)) == int(digit)
+    assert 99 <= sum(shown) <= 100  # Each of them is rounded down.
+    widths = page.eval_on_selector_all(".bar", "bars => bars.map(bar => getComputedStyle(bar, '::after').width)")
+    assert widths.index(max(widths, key=lambda width: float(width.removesuffix("px")))) == int(digit)
+    assert page.locator("#seen").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [28, 28]
+    assert page.locator("#engine").inner_text().startswith("LiteRT")
+    assert page.locator("#version").inner_text() == "1"
+    assert re.fullmatch(r"\d+\.\d ms", page.locator("#time").inner_text())
+
+
+def test_shows_answers_while_the_pen_moves(page):
+    box = page.locator("#pad").bounding_box()
+    page.mouse.move(box["x"] + 230, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 210, box["y"] + 360, steps=20)
+    expect_digit(page, "1")
+    expect(page.locator("#status")).to_be_empty()  # A screen reader hears of it when the pen is up.
+    page.mouse.up()
+    expect(page.locator("#status")).to_contain_text("1")
+
+
+def test_the_shell_line_asks_the_same(page):
+    require(shutil.which("curl"), "needs curl")
+    for digit, strokes in (("7", SEVEN), ("0", ZERO)):
+        page.locator("#clear").click()
+        draw(page, strokes)
+        expect(page.locator("#status")).to_contain_text(digit)
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.locator("#copy").click()
+        expect(page.locator("#copy")).to_have_text("Copied")
+        line = page.evaluate("navigator.clipboard.readText()")
+        assert line == page.locator("#curl").inner_text()
+        run = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+        assert json.loads(run.stdout)["Prediction"] == digit, run.stderr
+
+
+def upload(page, file):
+    page.locator("input").first.set_input_files(file)
+
+
+def photograph(page, file):
+    """Take the file for what the camera gave: a browser without one asks for a file."""
+    camera = page.locator("input[capture]")
+    expect(page.locator("#camera")).to_be_visible()
+    camera.set_input_files(file)
+
+
+def paste(page, file):
+    page.context.grant_permissions(["clipboard-write"])
+    page.evaluate(
+        """async bytes => navigator.clipboard.write(
+            [new ClipboardItem({'image/png': new Blob([new Uint8Array(bytes)], {type: 'image/png'})})])""",
+        list(Path(file).read_bytes()),
+    )
+    page.keyboard.press("Control+V")
+
+
+def drop(page, file):
+    devtools = page.context.new_cdp_session(page)
+    where = {"x": 300, "y": 300, "data": {"items": [], "files": [str(file)], "dragOperationsMask": 1}}
+    for step in ("dragEnter", "dragOver"):
+        devtools.send("Input.dispatchDragEvent", {"type": step} | where)
+    expect(page.locator("body")).to_have_class("target")
+    devtools.send("Input.dispatchDragEvent", {"type": "drop"} | where)
+    expect(page.locator("body")).not_to_have_class("target")
+
+
+@pytest.mark.parametrize("bring", [upload, paste, drop, photograph])
+def test_reads_a_picture(open_page, bring):
+    page = open_page(**PHONE if bring is photograph else {})
+    bring(page, SAMPLE_IMAGE)
+    expect_digit(page, "7")
+    expect(page.locator("#pad")).to_have_class("picture")
+
+
+def test_a_paste_without_a_picture_says_so(page):
+    page.context.grant_permissions(["clipboard-write"])
+    page.evaluate("navigator.clipboard.writeText('7')")
+    page.keyboard.press("Control+V")
+    expect(page.locator("#status")).to_contain_text("no picture")
+
+
+def test_samples_are_read_as_the_server_reads_them(page, server):
+    for button in page.locator(".samples button").all():
+        file = Path(button.locator("img").get_attribute("src")).name
+        status, answer = ask(server, (ROOT / "flask" / "static" / "samples" / file).read_bytes())
+        assert status == 200
+        button.click()
+        expect_digit(page, answer["Prediction"])
+
+
+def test_undo_and_clear(page):
+    expect_nothing(page)
+    draw(page, ONE)
+    expect_digit(page, "1")
+    one = page.locator("#pad").screenshot()
+    draw(page, ZERO)
+    assert page.locator("#pad").screenshot() != one
+    page.locator("#undo").click()
+    expect_digit(page, "1")
+    assert page.locator("#pad").screenshot() == one
+    upload(page, SAMPLE_IMAGE)
+    expect_digit(page, "7")
+    draw(page, ZERO)  # A stroke over a picture begins a new drawing.
+    expect_digit(page, "0")
+    page.locator("#clear").click()
+    expect_nothing(page)
+    for digit in ("0", "7", "1"):
+        page.keyboard.press("Control+z")
+        expect_digit(page, digit)
+    page.locator("#undo").click()
+    expect_nothing(page)
+    page.locator("#undo").click()
+    expect_nothing(page)
+
+
+def test_works_by_keyboard_alone(page):
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        focused = page.locator(":focus")
+        ring = focused.evaluate("e => getComputedStyle(e).outlineStyle")
+        assert ring == "solid", reached
+    assert reached == ["undo", "clear", *["BUTTON"] * 7, "copy", "PRE", "A"]
+    page.locator("#clear").focus()
+    page.keyboard.press("Tab")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(SAMPLE_IMAGE)
+    expect_digit(page, "7")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Space")
+    expect_nothing(page)
+
+
+def test_says_what_is_wrong_in_the_servers_sentence(page, server, tmp_path):
+    upload(page, SAMPLE_IMAGE)
+    expect_digit(page, "7")
+    (tmp_path / "note.txt").write_text("no picture")
+    status, answer = ask(server, b"no picture")
+    assert status == 400
+    upload(page, tmp_path / "note.txt")
+    expect(page.locator("#status")).to_have_text(answer["Error"])
+    expect(page.locator("#digit")).to_be_empty()
+    expect(page.locator("#seen")).to_be_hidden()
+    assert set(page.locator("#bars .percent").all_inner_texts()) == {"\N{EN DASH}"}
+
+
+def test_survives_a_server_that_goes_away_and_comes_back(open_page, trained_repository, tmp_path):
+    with flask_server(tmp_path / "first.log", trained_repository) as server:
+        page = open_page(server.port)
+        draw(page, ONE)
+        expect_digit(page, "1")
+        page.locator("#clear").click()
+        expect_nothing(page)
+    draw(page, SEVEN)
+    expect(page.locator("#status")).to_contain_text("the server does not answer")
+    expect(page.locator("#digit")).to_be_empty()
+    drawing = page.locator("#pad").screenshot()
+    with flask_server(tmp_path / "second.log", trained_repository, port=server.port):
+        expect(page.locator("#digit")).to_have_text("7", timeout=20_000)  # By itself.
+        assert page.locator("#pad").screenshot() == drawing
+
+
+SLOW_FETCH = """
+  const fetchAtOnce = fetch;
+  window.most = window.now = window.count = 0;
+  window.fetch = async (...request) => {
+    window.most = Math.max(window.most, ++window.now);
+    window.count++;
+    try {
+      await new Promise(done => setTimeout(done, 400));
+      return await fetchAtOnce(...request);
+    } finally {
+      window.now--;
+    }
+  };
+"""
+
+
+def test_asks_a_slow_server_one_question_at_a_time(open_page):
+    page = open_page(script=SLOW_FETCH)
+    draw(page, ONE + ZERO)
+    page.locator("#clear").click()
+    draw(page, SEVEN)
+    expect(page.locator("#status")).to_contain_text("7")  # The last drawing wins.
+    assert page.evaluate("window.most") == 1
+    assert page.evaluate("window.count") < 8
+
+
+def test_runs_no_script_that_is_not_a_file_of_the_server(browser, server):
+    page = browser.new_page()
+    page.goto(f"http://{HOST}:{server.port}/")
+    with page.expect_console_message(lambda message: "Content Security Policy" in message.text):
+        page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))")
+    assert page.evaluate("window.ran") is None
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("options", [{}, PHONE], ids=["wide", "phone"])
+def test_is_accessible_fits_and_holds_still(open_page, scheme, options):
+    page = open_page(color_scheme=scheme, **options)
+    red = page.evaluate(r"getComputedStyle(document.body).backgroundColor.match(/\d+/)[0]")
+    assert (int(red) < 128) == (scheme == "dark")
+    for strokes in ([], SEVEN):
+        draw(page, strokes)
+        expect_digit(page, "7" if strokes else "")
+        page.wait_for_timeout(300)  # Colours that still change would be measured.
+        assert Axe().run(page).response["violations"] == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.locator(".samples button").first.click()
+    expect(page.locator("#pad")).to_have_class("picture")
+    shift = """new Promise(done => new PerformanceObserver(list => done(list.getEntries().map(entry => entry.value)))
+        .observe({type: 'layout-shift', buffered: true}) ?? setTimeout(() => done([]), 200))"""
+    assert page.evaluate(shift) == []
