@@ -5,34 +5,39 @@ import re
 import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import grpc
 import pytest
 from conftest import require
 from PIL import Image
 
 from mnist_preprocess import MODEL_NAME, ROOT
 
-BENCHMARK = ROOT / "scripts" / "benchmark.py"
+BENCHMARK = ROOT / "scripts" / "benchmark" / "benchmark.py"
 ROW = re.compile(r"^(\w[\w ,]*?) +(\d+) +(\d+) +(\d+\.\d\d) +(\d+\.\d\d) +(\d+)(?: +(\d+\.\d\d))?$", re.M)
-MEMORY_ROW = re.compile(r"^(\w[\w ,]*?) +(\d+\.\d) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)$", re.M)
+MEMORY_ROW = re.compile(r"^(\w[\w ,]*?) +(\d+\.\d) +(\d+) +(\d+)$", re.M)
+
+
+@pytest.fixture
+def h2load():
+    require(shutil.which("h2load"), "no h2load on PATH: run 'sudo apt install nghttp2-client'")
 
 
 def benchmark(*options):
     return subprocess.run([sys.executable, BENCHMARK, *options], capture_output=True, text=True)
 
 
-def test_a_short_run_measures_both_servers_and_their_floors(trained_repository, tmp_path):
-    require(shutil.which("h2load"), "no h2load on PATH: run 'sudo apt install nghttp2-client'")
+def test_a_short_run_measures_both_servers_and_their_floors(h2load, trained_repository, tmp_path):
     picture = tmp_path / "benchmark.png"
-    options = ("--clients", "1", "8", "--seconds=2", "--rounds=1", "--floor", "--tritonclient", "--picture", picture)
+    options = ("--clients", "1", "8", "--seconds=1", "--rounds=1", "--floor", "--photo", "--picture", picture)
     result = benchmark(*options, "--model-repository", trained_repository)
     assert result.returncode == 0, result.stderr
 
     assert max(map(len, result.stdout.splitlines())) <= 80
     rows = {(row[0], int(row[1])): row[2:] for row in ROW.findall(result.stdout)}
-    ways = ("Flask", "Triton HTTP", "Triton gRPC", "tritonclient")
+    ways = ("Flask", "Flask, photo", "Triton HTTP", "Triton gRPC")
     constants = [f"{way}, constant" for way in ways]
     assert rows.keys() == {(name, clients) for name in (*ways, *constants) for clients in (1, 8)}
     for (name, clients), (rate, p50, p99, errors, of_floor) in rows.items():
@@ -41,27 +46,23 @@ def test_a_short_run_measures_both_servers_and_their_floors(trained_repository, 
         assert float(p50) / 1000 * int(rate) < 2 * clients
         if name in ways:
             floor = int(rows[f"{name}, constant", clients][0])
-            assert float(of_floor) == pytest.approx(int(rate) / floor, abs=0.02)
+            assert float(of_floor) == pytest.approx(int(rate) / floor, rel=0.1, abs=0.02)
         else:
             assert of_floor == ""
 
     servers = {row[0]: row[1:] for row in MEMORY_ROW.findall(result.stdout)}
     assert servers.keys() == {"Flask", "Triton", "Flask, constant", "Triton, constant"}
-    for ready, processes, rss, largest, pss, _ in servers.values():
-        assert float(ready) > 0 and int(processes) >= 2
-        assert 0 < int(pss) <= int(rss) and 0 < int(largest) < int(rss)
+    assert all(
+        float(ready) > 0 and int(processes) >= 2 and int(size) > 0 for ready, processes, size in servers.values()
+    )
     with Image.open(picture) as image:
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 10
 
 
-def test_failed_requests_are_counted_and_end_in_status_1(monkeypatch, capsys, tmp_path):
+def test_requests_that_grpc_fails_are_counted(h2load, monkeypatch, tmp_path):
     """gRPC answers an error under HTTP's status 200 and without a message, so h2load takes it for a success."""
-    require(shutil.which("h2load"), "no h2load on PATH: run 'sudo apt install nghttp2-client'")
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from concurrent.futures import ThreadPoolExecutor
-
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
     import benchmark
-    import grpc
 
     class Failing(grpc.GenericRpcHandler):
         def service(self, details):
@@ -74,53 +75,22 @@ def test_failed_requests_are_counted_and_end_in_status_1(monkeypatch, capsys, tm
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        _, way, client = benchmark.triton_ways(("HTTP", "gRPC", "tritonclient"), 1, port, MODEL_NAME)
-        way.answer_bytes = 85
-        result = benchmark.measure(way, clients=2, seconds=1, expected_rate=1000, directory=tmp_path)
-        with pytest.raises(benchmark.BenchmarkError, match=r"tritonclient failed with 2 clients: .*broken"):
-            benchmark.measure(client, clients=2, seconds=1, expected_rate=1000, directory=tmp_path)
+        _, way = benchmark.triton_server(tmp_path, MODEL_NAME, "").ways
+        way = replace(way, url=f"http://127.0.0.1:{port}{benchmark.GRPC_METHOD}", answer_bytes=85)
+        rate, _, _, errors = benchmark.measure(way, clients=2, seconds=1, rate=100, directory=tmp_path)
     finally:
         server.stop(None).wait()
-    assert result.rate == 0 and result.errors > 0
-
-
-def test_a_server_that_closes_every_connection_is_asked_to_the_end(monkeypatch, tmp_path):
-    """As Flask's development server does: asked for a time, h2load may never come back."""
-    require(shutil.which("h2load"), "no h2load on PATH: run 'sudo apt install nghttp2-client'")
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark
-
-    class Closing(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["content-length"]))
-            answer = b'{"Prediction": "7"}'
-            self.send_response(200)
-            self.send_header("content-length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Closing) as server:
-        Thread(target=server.serve_forever).start()
-        try:
-            way = benchmark.replace(benchmark.flask_way("closing", server.server_port), first_rate=10)
-            _, way.answer_bytes = way.probe()
-            result = benchmark.measure(way, clients=3, seconds=2, expected_rate=10, directory=tmp_path)
-        finally:
-            server.shutdown()
-    assert len((tmp_path / "requests").read_text().splitlines()) == 20
-    assert result.rate > 0 and result.errors == 0
+    assert (rate, errors) == (0, 100)
 
 
 def test_an_untrained_model_is_one_sentence(tmp_path):
     result = benchmark("--model-repository", tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == f"benchmark.py: no trained model in {tmp_path / MODEL_NAME}: run 'python train.py' first\n"
+    reason = f"no trained model in {tmp_path / MODEL_NAME}: run 'python train.py' first"
+    assert result.stderr == f"Starting Flask …\nbenchmark.py: Flask did not start: server.py: {reason}\n"
 
 
-@pytest.mark.parametrize("options", [("--clients",), ("--clients=0",), ("--seconds=-1",), ("--rounds=x",), ("--fast",)])
+@pytest.mark.parametrize("options", [("--clients",), ("--clients=0",), ("--seconds=-1",), ("--fast",)])
 def test_wrong_usage_is_status_2(options):
     result = benchmark(*options)
     assert (result.returncode, result.stdout) == (2, "")
@@ -143,3 +113,11 @@ def test_the_help_names_every_option():
     options = set(re.findall(r"--\w[\w-]+", benchmark("--help").stdout)) - {"--help"}
     assert script.returncode == 0
     assert options == set(re.findall(r"--\w[\w-]+", script.stdout))
+
+
+def test_what_it_draws_by_default_is_ignored_by_git(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    import benchmark
+
+    picture = benchmark.parse_args([]).picture
+    assert subprocess.run(["git", "check-ignore", "--quiet", picture], cwd=ROOT).returncode == 0
