@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from flask import Flask, jsonify, request
+from flask import Flask, Request, jsonify, request
 from multipart import MultipartError, MultipartParser
 from serving import MAX_UPLOAD, finish, receive_upload, serve
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
@@ -36,10 +36,17 @@ from mnist_preprocess import (
 from saved_model import SAVED_MODEL, ModelError, SavedModel, newest_version
 
 
+class RequestInMemory(Request):
+    def _get_file_stream(self, *sizes, **names):
+        """Return what a file of a form is read into: Werkzeug's own would need a disk, which may be full."""
+        return io.BytesIO()
+
+
 def create_app(model) -> Flask:
     """Return the application that answers with `model`, a SavedModel or whatever predicts like one."""
     model.warm_up()
     app = Flask(__name__, static_folder=None)
+    app.request_class = RequestInMemory
     app.before_request(receive_upload)
     app.after_request(finish)
 
@@ -91,9 +98,8 @@ def uploaded_file(name):
             if part.name == name and part.filename is not None:
                 return part.file
     form.seek(0)
-    with suppress(RequestEntityTooLarge):
-        file = request.files.get(name)
-        return file and io.BytesIO(file.read())
+    with suppress(RequestEntityTooLarge):  # It has a thousand parts.
+        return request.files.get(name)
 
 
 def free_address(host, port):
@@ -132,7 +138,7 @@ def main(argv=None) -> int:
         address = free_address(args.host, args.port)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", "no name of a host")
-        print(f"server.py: cannot listen on {args.host}:{args.port}: {reason}; try another", file=sys.stderr)
+        print(f"server.py: cannot listen on {args.host} port {args.port}: {reason}; try another", file=sys.stderr)
         return 1
     try:
         version = newest_version(args.model_repository / MODEL_NAME)

@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
+import struct
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import suppress
 
 from flask import request
 from granian import Granian
@@ -20,6 +22,7 @@ MAX_UPLOAD = 32 * 2**20  # Bytes: a 50-megapixel JPEG fits.
 MAX_DROPPED = 8 * MAX_UPLOAD
 UPLOAD_SECONDS = 60  # For a whole upload: 20 MB at 3 Mbit/s.
 HEADER_SECONDS = 10  # For the headers of a request, and between two requests of a connection.
+LATE_AT_ONCE = 50
 CONNECTIONS = 2048  # At most, in each worker; the kernel lets further ones wait.
 OTHER_FILES = 256  # At most, beside the connections.
 DRAIN_SECONDS = 0.5  # How long a stopping worker still accepts connections.
@@ -28,22 +31,17 @@ STOP_SECONDS = 8  # How long it then waits for uploads that are under way.
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 draining, closed = threading.Event(), threading.Event()  # In a worker that stops: it does, and its listener is closed.
-readers = ThreadPoolExecutor(CONNECTIONS)
 
 
 def receive_upload():
-    """Put the whole upload, in memory, in the place of the request's stream; HTTPException when it is late or broken.
-
-    granian reads as long as the client takes, so another thread does that: the answer to a late upload closes the
-    connection, and so ends that thread's wait.
-    """
+    """Put the whole upload, in memory, in the place of the request's stream; HTTPException for a late or cut one."""
     stream, length = request.environ["wsgi.input"], request.content_length
     request.environ["wsgi.input"] = io.BytesIO()
     if length or "HTTP_TRANSFER_ENCODING" in request.environ:
-        try:
-            body = readers.submit(read, stream, length).result(UPLOAD_SECONDS)
-        except TimeoutError as error:
-            raise RequestTimeout(f"the upload took more than {UPLOAD_SECONDS} seconds: send it again") from error
+        began = time.monotonic()
+        body = read(stream, length)
+        if time.monotonic() - began > UPLOAD_SECONDS:
+            raise RequestTimeout(f"the upload took more than {UPLOAD_SECONDS} seconds: send it again")
         if length and len(body) < length:
             raise BadRequest("the upload was cut short: send it again")
         request.environ["wsgi.input"] = io.BytesIO(body)
@@ -103,7 +101,7 @@ def serve(load_app, address, port, workers):
     # A signal that comes between a worker's birth and its own handlers would be lost. Blocked, it waits for sigwait().
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     server.on_startup(threading.Thread(target=pass_signals_on, daemon=True).start)
-    server.serve(target_loader=lambda: load_worker(load_app), wrap_loader=False)
+    server.serve(target_loader=lambda: load_worker(load_app, port), wrap_loader=False)
 
 
 def pass_signals_on():
@@ -112,16 +110,16 @@ def pass_signals_on():
         signal.getsignal(number)(number, None)
 
 
-def load_worker(load_app):
-    threading.Thread(target=stop_when_told, args=[signal.getsignal(signal.SIGTERM)], daemon=True).start()
+def load_worker(load_app, port):
+    threading.Thread(target=watch, args=[port, signal.getsignal(signal.SIGTERM)], daemon=True).start()
     return load_app()
 
 
-def stop_when_told(inherited):
-    """In a worker, wait for SIGTERM or the main process's death; drain, have granian stop, and leave in any case."""
+def watch(port, inherited):
+    """In a worker, cut late uploads; at SIGTERM or the main process's death drain, have granian stop, and leave."""
     parent = multiprocessing.parent_process().pid
     while os.getppid() == parent and not signal.sigtimedwait([signal.SIGTERM], 1):
-        pass
+        end_late_uploads(port)
     draining.set()
     time.sleep(DRAIN_SECONDS)
     while (handler := signal.getsignal(signal.SIGTERM)) is inherited:  # granian is not that far yet.
@@ -131,3 +129,25 @@ def stop_when_told(inherited):
     closed.set()
     time.sleep(STOP_SECONDS)
     os._exit(0)  # A stalled upload would keep granian waiting, and the port taken.
+
+
+def end_late_uploads(port):
+    """Shut the incoming side of connections on which no answer went out for too long; what reads there finds the end.
+
+    granian itself waits for an upload as long as its client does, and tells nobody which connection is whose. One pass
+    ends LATE_AT_ONCE of them: each is answered, and others wait meanwhile.
+    """
+    ended = 0
+    for number in os.listdir("/proc/self/fd"):
+        # It may have been closed since it was listed.
+        with suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                continue
+            with socket.fromfd(int(number), socket.AF_INET, socket.SOCK_STREAM) as connection:
+                # The first byte is the state, 1 for an established connection (struct tcp_info of linux/tcp.h).
+                information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
+                state, milliseconds_since_sent = struct.unpack("=B43xI", information)
+                late = milliseconds_since_sent > 1000 * (HEADER_SECONDS + UPLOAD_SECONDS)
+                if state == 1 and late and connection.getsockname()[1] == port and ended < LATE_AT_ONCE:
+                    connection.shutdown(socket.SHUT_RD)
+                    ended += 1

@@ -107,25 +107,28 @@ def copy_configuration(repository):
 
 @dataclass
 class FlaskServer:
-    """A `python flask/server.py` of the tests': its port, its process and its log."""
+    """A `python flask/server.py` of the tests': where to ask it, its process and its log."""
 
+    host: str
     port: int
     process: subprocess.Popen
     log: Path
 
     def connect(self):
-        return HTTPConnection(HOST, self.port, timeout=60)
+        return HTTPConnection(self.host, self.port, timeout=60)
 
 
 @contextmanager
-def flask_server(log, repository, *options):
+def flask_server(log, repository, *options, host=HOST, program=(ROOT / "flask" / "server.py",)):
     """Start flask/server.py on a free port, wait until it answers and stop it at the end, if the test did not."""
     (port,) = free_ports(1)
-    command = [sys.executable, ROOT / "flask" / "server.py", f"--port={port}", "--model-repository", repository]
+    command = [sys.executable, *program, f"--port={port}", "--model-repository", repository]
     # A process group of its own, so that a test can press Ctrl-C.
     with log.open("wb") as output:
-        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True)
-    server = FlaskServer(port, process, log)
+        process = subprocess.Popen(
+            [*command, *options], stdout=output, stderr=output, start_new_session=True, cwd=ROOT / "flask"
+        )
+    server = FlaskServer(host, port, process, log)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not answers(server):
