@@ -3,9 +3,10 @@
 const find = (id) => document.getElementById(id);
 const pad = find("pad");
 const pen = pad.getContext("2d");
-const answerSection = document.querySelector(".answer");
+const page = document.body.classList;
 const endpoint = new URL("mnist_infer?details=1", document.baseURI);
 const greeting = find("status").textContent;
+const example = find("curl").textContent;
 const PAUSE = 60; // Milliseconds between an answer and the next question while the pen moves.
 const PATIENCE = 30_000; // Milliseconds after which a server that does not answer counts as away.
 const LONGEST_WAIT = 15; // Seconds between two attempts to reach a server that is away.
@@ -21,8 +22,8 @@ function sheet() {
 }
 
 function paint() {
-  const { strokes, picture, empty } = sheet();
-  pad.className = picture ? "picture" : empty ? "blank" : "drawing";
+  const { strokes, picture } = sheet();
+  pad.classList.toggle("picture", Boolean(picture));
   pen.fillStyle = "#fff";
   pen.fillRect(0, 0, pad.width, pad.height);
   if (picture?.image.naturalWidth) {
@@ -33,7 +34,7 @@ function paint() {
     );
   }
   pen.lineCap = pen.lineJoin = "round";
-  pen.lineWidth = pad.width / 16; // A digit fills most of the pad; MNIST's strokes are 1/10 to 1/5 of its height.
+  pen.lineWidth = pad.width / 14; // A digit fills most of the pad; MNIST's strokes are 1/10 to 1/5 of its height.
   for (const { points } of strokes) {
     pen.beginPath();
     for (const [x, y] of points) pen.lineTo(x, y);
@@ -57,9 +58,9 @@ async function ask({ newSheet = false } = {}) {
     changed = false;
     clearTimeout(retry);
     request = new AbortController();
-    answerSection.className = "answer waiting";
+    page.add("waiting");
     await askOnce(request.signal);
-    answerSection.className = "answer";
+    page.remove("waiting");
     await new Promise((done) => setTimeout(done, PAUSE));
   }
   request = null;
@@ -82,13 +83,12 @@ async function askOnce(aborted) {
   if (aborted.aborted) return;
   if (response.status >= 500) return tryAgain(answer.Error, Number(response.headers.get("Retry-After")));
   wait = 1;
-  if (response.ok) show(answer, inWords(answer));
-  else show({}, answer.Error);
+  show(response.ok ? answer : {}, response.ok ? inWords(answer) : answer.Error);
 }
 
 function tryAgain(sentence, seconds = 0) {
   show({}, `${sentence}. Your picture is kept, and asked about again until there is an answer.`);
-  retry = setTimeout(ask, 1000 * Math.max(seconds, wait));
+  retry = setTimeout(ask, 1000 * Math.max(seconds || 0, wait));
   wait = Math.min(2 * wait, LONGEST_WAIT);
 }
 
@@ -108,19 +108,21 @@ function show({ Prediction, Probabilities, ModelVersion, Engine, Milliseconds, I
   find("version").textContent = ModelVersion ?? "–";
   find("time").textContent = Engine ? `${Milliseconds.toFixed(1)} ms` : "–";
   find("seen").hidden = !Input;
-  if (Input) {
-    find("seen").src = Input;
-    const picture = Input.slice(Input.indexOf(",") + 1);
-    find("curl").textContent = `echo ${picture} | base64 -d | curl -F image=@- '${endpoint}'`;
-  }
+  find("seen").src = Input ?? "data:,";
+  // The model sees the same in the picture that it saw, so that the line needs no file.
+  find("curl").textContent = Input ? `echo ${Input.split(",")[1]} | base64 -d | curl -F image=@- '${endpoint}'` : example;
+  find("copy").textContent = "Copy";
   [...find("bars").rows].forEach((row, digit) => {
     const probability = Probabilities?.[digit];
     row.className = String(digit) === Prediction ? "best" : "";
     row.cells[1].style.setProperty("--probability", probability ?? 0);
     row.cells[2].textContent = Probabilities ? percent(probability) : "–";
   });
-  const text = stroke ? "" : sentence; // A screen reader reads out each change: none while the pen moves.
-  if (find("status").textContent !== text) find("status").textContent = text;
+  say(stroke ? "" : sentence); // A screen reader reads out each change: none while the pen moves.
+}
+
+function say(sentence) {
+  if (find("status").textContent !== sentence) find("status").textContent = sentence;
 }
 
 // Drawing, with one pointer at a time.
@@ -163,7 +165,7 @@ function startSheet(mark) {
 }
 
 function take(file) {
-  if (!file) return show({}, "There is no picture in it: drop or paste a picture itself.");
+  if (!file) return say("There is no picture in it: drop or paste a picture itself.");
   const image = new Image();
   image.src = URL.createObjectURL(file);
   image.onload = paint; // The server reads more formats than a browser shows.
@@ -187,12 +189,12 @@ addEventListener("paste", (event) => take(event.clipboardData.files[0]));
 
 addEventListener("dragover", (event) => {
   event.preventDefault();
-  document.body.className = "target";
+  page.add("target");
 });
-addEventListener("dragleave", () => (document.body.className = ""));
+addEventListener("dragleave", () => page.remove("target"));
 addEventListener("drop", (event) => {
   event.preventDefault();
-  document.body.className = "";
+  page.remove("target");
   take(event.dataTransfer.files[0]);
 });
 
