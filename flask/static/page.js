@@ -75,7 +75,7 @@ async function askOnce(aborted) {
     form.append("image", picture ? await picture.file() : await new Promise((done) => pad.toBlob(done)), "digit");
     const signal = AbortSignal.any([aborted, AbortSignal.timeout(PATIENCE)]);
     response = await fetch(endpoint, { method: "POST", body: form, signal });
-    answer = await response.json();
+    answer = await response.json().catch(() => ({ Error: `the server answered with status ${response.status}` }));
   } catch {
     if (!aborted.aborted) tryAgain("the server does not answer");
     return;
@@ -87,7 +87,7 @@ async function askOnce(aborted) {
 }
 
 function tryAgain(sentence, seconds = 0) {
-  show({}, `${sentence}. Your picture is kept, and asked about again until there is an answer.`);
+  show({}, `${sentence}. Your picture is kept, and asked about again.`);
   retry = setTimeout(ask, 1000 * Math.max(seconds || 0, wait));
   wait = Math.min(2 * wait, LONGEST_WAIT);
 }
