@@ -6,18 +6,17 @@ const pen = pad.getContext("2d");
 const page = document.body.classList;
 const endpoint = new URL("mnist_infer?details=1", document.baseURI);
 const greeting = find("status").textContent;
-const example = find("curl").textContent;
 const PAUSE = 60; // Milliseconds between an answer and the next question while the pen moves.
 const PATIENCE = 30_000; // Milliseconds after which a server that does not answer counts as away.
 const LONGEST_WAIT = 15; // Seconds between two attempts to reach a server that is away.
 
-// What was done, oldest first: {points} is a stroke, {file, image} a picture, {} an empty sheet. Undo takes one away.
+// What was done, oldest first: {points} is a stroke, {name, file, image} a picture, {} an empty sheet. Undo drops one.
 const marks = [];
 
 function sheet() {
   const start = marks.findLastIndex((mark) => !mark.points);
   const strokes = marks.slice(start + 1);
-  const picture = !strokes.length && marks[start]?.file ? marks[start] : null; // Strokes begin a new sheet.
+  const picture = !strokes.length && marks[start]?.file ? marks[start] : null; // Strokes begin a sheet.
   return { strokes, picture, empty: !strokes.length && !picture };
 }
 
@@ -69,10 +68,11 @@ async function ask({ newSheet = false } = {}) {
 async function askOnce(aborted) {
   const { picture, empty } = sheet();
   if (empty) return show({}, greeting);
+  const base64 = picture ? "" : pad.toDataURL().split(",")[1];
   let response, answer;
   try {
     const form = new FormData();
-    form.append("image", picture ? await picture.file() : await new Promise((done) => pad.toBlob(done)), "digit");
+    form.append("image", picture ? await picture.file() : new Blob([bytes(base64)]), "digit");
     const signal = AbortSignal.any([aborted, AbortSignal.timeout(PATIENCE)]);
     response = await fetch(endpoint, { method: "POST", body: form, signal });
     answer = await response.json().catch(() => ({ Error: `the server answered with status ${response.status}` }));
@@ -84,7 +84,15 @@ async function askOnce(aborted) {
   if (response.status >= 500) return tryAgain(answer.Error, Number(response.headers.get("Retry-After")));
   wait = 1;
   show(response.ok ? answer : {}, response.ok ? inWords(answer) : answer.Error);
+  // A picture is taken to lie in the shell's folder; curl reads a comma or semicolon as its own, but not in quotes.
+  const file = picture && quoted(`image=@"${picture.name.replaceAll(/["\\]/g, "\\$&")}"`);
+  const command = picture ? `curl -F ${file}` : `echo ${base64} | base64 -d | curl -F image=@-`;
+  find("curl").textContent = `${command} ${quoted(endpoint)}`;
+  find("copy").textContent = "Copy";
 }
+
+const bytes = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
 
 function tryAgain(sentence, seconds = 0) {
   show({}, `${sentence}. Your picture is kept, and asked about again.`);
@@ -109,9 +117,6 @@ function show({ Prediction, Probabilities, ModelVersion, Engine, Milliseconds, I
   find("time").textContent = Engine ? `${Milliseconds.toFixed(1)} ms` : "–";
   find("seen").hidden = !Input;
   find("seen").src = Input ?? "data:,";
-  // The model sees the same in the picture that it saw, so that the line needs no file.
-  find("curl").textContent = Input ? `echo ${Input.split(",")[1]} | base64 -d | curl -F image=@- '${endpoint}'` : example;
-  find("copy").textContent = "Copy";
   [...find("bars").rows].forEach((row, digit) => {
     const probability = Probabilities?.[digit];
     row.className = String(digit) === Prediction ? "best" : "";
@@ -169,7 +174,7 @@ function take(file) {
   const image = new Image();
   image.src = URL.createObjectURL(file);
   image.onload = paint; // The server reads more formats than a browser shows.
-  startSheet({ file: () => file, image });
+  startSheet({ name: file.name, file: () => file, image });
 }
 
 for (const input of document.querySelectorAll("input")) {
@@ -182,7 +187,8 @@ for (const input of document.querySelectorAll("input")) {
 
 for (const image of document.querySelectorAll(".samples img")) {
   const file = async () => (await fetch(image.src)).blob();
-  image.parentElement.addEventListener("click", () => startSheet({ file, image }));
+  const name = `flask/${image.getAttribute("src")}`;
+  image.parentElement.addEventListener("click", () => startSheet({ name, file, image }));
 }
 
 addEventListener("paste", (event) => take(event.clipboardData.files[0]));
