@@ -5,35 +5,46 @@ curl -X POST -F image=@images/sample_image.png http://127.0.0.1:5000/mnist_infer
 """
 
 import argparse
+import base64
 import io
 import os
+import re
 import socket
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from flask import Flask, Request, jsonify, request
+import numpy as np
+from flask import Flask, Request, jsonify, render_template, request, send_file
 from multipart import MultipartError, MultipartParser
-from serving import MAX_UPLOAD, finish, receive_upload, serve
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from PIL import Image
+from werkzeug.exceptions import HTTPException, LengthRequired, RequestEntityTooLarge
 
 # Appended, so that nothing in the project's folder can shadow an installed package, as flask/ would shadow flask.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from engines import EngineError, LocalEngine, TritonEngine
+from serving import MAX_UPLOAD, finish, receive_upload, serve
+
 from mnist_preprocess import (
     FLASK_PORT,
     HOST,
-    INPUT_NAME,
     MODEL_NAME,
     MODEL_REPOSITORY,
-    OUTPUT_NAME,
     ImageError,
     NoDigitError,
     open_image,
     preprocess,
 )
-from saved_model import SAVED_MODEL, ModelError, SavedModel, newest_version
+from saved_model import ModelError
+
+FIELD = "image"  # The form's file.
+PAGE_LOADS = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class RequestInMemory(Request):
@@ -42,64 +53,108 @@ class RequestInMemory(Request):
         return io.BytesIO()
 
 
-def create_app(model) -> Flask:
-    """Return the application that answers with `model`, a SavedModel or whatever predicts like one."""
-    model.warm_up()
-    app = Flask(__name__, static_folder=None)
+def create_app(engine, allow_origin=None) -> Flask:
+    """Return the application that answers with an engine of engines.py, also to pages of the origin `allow_origin`."""
+    engine.begin()
+    app = Flask(__name__)
     app.request_class = RequestInMemory
     app.before_request(receive_upload)
     app.after_request(finish)
 
+    @app.get("/")
+    def page():
+        """The page to draw on. It loads nothing from elsewhere, and the browser is told to see to that."""
+        return render_template("index.html"), {"Content-Security-Policy": PAGE_LOADS}
+
+    @app.get("/openapi.json")
+    def openapi():
+        return send_file("openapi.json")
+
     @app.post("/mnist_infer")
     def mnist_infer():
-        """Answer {"Prediction": digit} for the picture in the form's file `image`; ?details=1 adds probabilities."""
-        upload = uploaded_file("image")
+        """Answer {"Prediction": digit} for the picture in the form's file `image`, or in the body; ?details=1 adds."""
+        upload = uploaded_picture()
         if upload is None:
-            return jsonify(Error="no whole picture came: send it as the form's file 'image'"), 400
+            return jsonify(
+                Error="no whole picture came: send it as the form's file 'image', or as an image/* body"
+            ), 400
         try:
             pixels = preprocess(open_image(upload))
         except NoDigitError as error:
             return jsonify(Error=str(error)), 422
         except ImageError as error:
             return jsonify(Error=str(error)), 400
-        probabilities = model.predict({INPUT_NAME: pixels[None]})[OUTPUT_NAME][0]
+        start = time.perf_counter()
+        (probabilities,), version = engine.predict(pixels[None])
+        milliseconds = 1000 * (time.perf_counter() - start)
         answer = {"Prediction": str(probabilities.argmax())}
         if request.query_string and request.args.get("details") == "1":  # Even no query takes time to parse.
-            answer["Probabilities"] = probabilities.tolist()
+            answer |= {
+                "Confidence": float(probabilities.max()),
+                "Probabilities": probabilities.tolist(),
+                "ModelVersion": version,
+                "Engine": engine.name,
+                "Milliseconds": milliseconds,
+                "Input": png_uri(pixels),
+            }
         return jsonify(answer)
+
+    @app.errorhandler(EngineError)
+    def engine_error(error):
+        return jsonify(Error=str(error)), 503, {"Retry-After": "1"}
 
     @app.errorhandler(HTTPException)
     def http_error(error):
         """Answer every other error in JSON too, as one sentence."""
         sentences = {
             404: f"there is nothing at {request.path}: POST a picture to /mnist_infer",
-            405: f"{request.path} takes no {request.method}: POST a picture to it",
+            405: f"{request.path} takes no {request.method}: POST a picture to /mnist_infer",
             413: f"the upload is larger than {MAX_UPLOAD // 2**20} MiB: send a smaller picture",
             500: "the server failed: its log says why",
         }
         return jsonify(Error=sentences.get(error.code, error.description)), error.code
 
+    @app.after_request
+    def add_headers(response):
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        if allow_origin:
+            response.headers["Access-Control-Allow-Origin"] = allow_origin
+            response.headers["Access-Control-Allow-Headers"] = "Content-Type"
+            response.headers["Access-Control-Expose-Headers"] = "Retry-After"
+        return response
+
     return app
 
 
-def uploaded_file(name):
-    """Return the file `name` of the request's form, open in memory, or None where none came whole.
+def uploaded_picture():
+    """Return the picture of the request, open in memory, or None where none came whole.
 
-    Flask's own request.files compiles regular expressions for the form's boundary, which browsers and curl choose anew
-    each time: 0.3 ms, more than the rest of the request. The package multipart takes 0.02 ms. What it does not know,
-    such as line ends without CR or `filename*` alone, Flask reads.
+    It is the body, or the form's file FIELD. Flask's own request.files compiles regular expressions for the form's
+    boundary, which browsers and curl choose anew each time: 0.3 ms, more than the rest of the request. The package
+    multipart takes 0.02 ms. What it does not know, such as line ends without CR or `filename*` alone, Flask reads.
     """
-    form, boundary = request.environ["wsgi.input"], request.mimetype_params.get("boundary")
+    body, boundary = request.environ["wsgi.input"], request.mimetype_params.get("boundary")
+    if request.mimetype.startswith("image/") or request.mimetype == "application/octet-stream":
+        if "HTTP_TRANSFER_ENCODING" in request.environ:  # granian does not tell whether chunks came to their end.
+            raise LengthRequired("send the picture's size along, as Content-Length")
+        return body if request.content_length else None
     if request.mimetype != "multipart/form-data" or not boundary:
         return None
     limits = {"memory_limit": MAX_UPLOAD, "spool_limit": MAX_UPLOAD}
     with suppress(MultipartError):
-        for part in MultipartParser(form, boundary, charset="latin1", **limits).parts():  # Latin-1 reads every name.
-            if part.name == name and part.filename is not None:
+        for part in MultipartParser(body, boundary, charset="latin1", **limits).parts():  # Latin-1 reads every name.
+            if part.name == FIELD and part.filename is not None:
                 return part.file
-    form.seek(0)
+    body.seek(0)
     with suppress(RequestEntityTooLarge):  # It has a thousand parts.
-        return request.files.get(name)
+        return request.files.get(FIELD)
+
+
+def png_uri(pixels):
+    """Return (28, 28, 1) float32 of 0 to 255 as the data URI of a gray PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0].round().astype(np.uint8)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def free_address(host, port):
@@ -124,11 +179,19 @@ def parse_args(argv=None):
         "--model-repository", type=Path, default=MODEL_REPOSITORY, metavar="DIR", help="Triton's layout"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that answer")
+    parser.add_argument("--triton", metavar="HOST:PORT", help="let Triton answer, over gRPC: HOST:PORT[,HOST:PORT...]")
+    parser.add_argument(
+        "--allow-origin", metavar="URL", help="let pages of this origin ask, such as http://localhost:8080"
+    )
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"argument --workers: {args.workers} is not a positive number")
     if not 0 < args.port < 2**16:
         parser.error(f"argument --port: {args.port} is not between 1 and {2**16 - 1}")
+    if args.triton and not re.fullmatch(r"([^,/]+:\d+)(,[^,/]+:\d+)*|(dns|unix):\S+", args.triton):
+        parser.error(f"argument --triton: {args.triton} is no HOST:PORT, nor a list of them, nor dns:///NAME:PORT")
+    if args.allow_origin and not re.fullmatch(r"https?://[^/\s]+|\*", args.allow_origin):
+        parser.error(f"argument --allow-origin: {args.allow_origin} is no origin, such as http://localhost:8080")
     return args
 
 
@@ -141,13 +204,13 @@ def main(argv=None) -> int:
         print(f"server.py: cannot listen on {args.host} port {args.port}: {reason}; try another", file=sys.stderr)
         return 1
     try:
-        version = newest_version(args.model_repository / MODEL_NAME)
-        model = SavedModel(version / SAVED_MODEL)
+        engine = TritonEngine(args.triton) if args.triton else LocalEngine(args.model_repository / MODEL_NAME)
     except (OSError, ModelError) as error:
         print(f"server.py: {error}", file=sys.stderr)
         return 1
-    print(f"{MODEL_NAME} version {version.name}, run by {model.runtime}", flush=True)
-    serve(partial(create_app, model), address, args.port, args.workers)
+    host = f"[{address}]" if ":" in address else address
+    print(f"{engine.name} answers at http://{host}:{args.port}/", flush=True)
+    serve(partial(create_app, engine, args.allow_origin), engine.refresh, address, args.port, args.workers)
     return 0
 
 

@@ -27,7 +27,7 @@ CONNECTIONS = 2048  # At most, in each worker; the kernel lets further ones wait
 OTHER_FILES = 256  # At most, beside the connections.
 DRAIN_SECONDS = 0.5  # How long a stopping worker still accepts connections.
 CLOSE_SECONDS = 0.2  # How long granian may then take to close its listener.
-STOP_SECONDS = 8  # How long it then waits for uploads that are under way.
+STOP_SECONDS = 6  # How long it then waits for uploads that are under way.
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 draining, closed = threading.Event(), threading.Event()  # In a worker that stops: it does, and its listener is closed.
@@ -78,8 +78,11 @@ def finish(response):
     return response
 
 
-def serve(load_app, address, port, workers):
-    """Serve what load_app() returns in each worker, until SIGTERM or Ctrl-C; SIGHUP renews the workers."""
+def serve(load_app, refresh, address, port, workers):
+    """Serve what load_app() returns in each worker, until SIGTERM or Ctrl-C; SIGHUP renews the workers.
+
+    refresh() is called once a second in each worker.
+    """
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = min(CONNECTIONS, most_files - OTHER_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (connections + OTHER_FILES, most_files))  # The usual limit is 1024.
@@ -101,7 +104,7 @@ def serve(load_app, address, port, workers):
     # A signal that comes between a worker's birth and its own handlers would be lost. Blocked, it waits for sigwait().
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     server.on_startup(threading.Thread(target=pass_signals_on, daemon=True).start)
-    server.serve(target_loader=lambda: load_worker(load_app, port), wrap_loader=False)
+    server.serve(target_loader=lambda: load_worker(load_app, refresh, port), wrap_loader=False)
 
 
 def pass_signals_on():
@@ -110,16 +113,18 @@ def pass_signals_on():
         signal.getsignal(number)(number, None)
 
 
-def load_worker(load_app, port):
-    threading.Thread(target=watch, args=[port, signal.getsignal(signal.SIGTERM)], daemon=True).start()
-    return load_app()
+def load_worker(load_app, refresh, port):
+    app = load_app()
+    threading.Thread(target=watch, args=[refresh, port, signal.getsignal(signal.SIGTERM)], daemon=True).start()
+    return app
 
 
-def watch(port, inherited):
-    """In a worker, cut late uploads; at SIGTERM or the main process's death drain, have granian stop, and leave."""
+def watch(refresh, port, inherited):
+    """In a worker, end late uploads; at SIGTERM or the main process's death drain, have granian stop, and leave."""
     parent = multiprocessing.parent_process().pid
     while os.getppid() == parent and not signal.sigtimedwait([signal.SIGTERM], 1):
         end_late_uploads(port)
+        refresh()
     draining.set()
     time.sleep(DRAIN_SECONDS)
     while (handler := signal.getsignal(signal.SIGTERM)) is inherited:  # granian is not that far yet.

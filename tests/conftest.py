@@ -19,6 +19,7 @@ from tritonclient import grpc, http
 from mnist_preprocess import HOST, MODEL_NAME, MODEL_REPOSITORY, ROOT
 
 START_SECONDS = 120
+SERVER = ROOT / "flask" / "server.py"
 # The sentences of triton_local.sh that are about the machine and not about this project.
 MACHINE_LACKS = r"needs Linux|needs glibc|lacks its shared library|cannot download"
 # A shell has what it starts in the background ignore Ctrl-C, and so would the programs to which tests send it.
@@ -119,9 +120,9 @@ class FlaskServer:
 
 
 @contextmanager
-def flask_server(log, repository, *options, host=HOST, program=(ROOT / "flask" / "server.py",)):
-    """Start flask/server.py on a free port, wait until it answers and stop it at the end, if the test did not."""
-    (port,) = free_ports(1)
+def flask_server(log, repository, *options, host=HOST, port=None, program=(SERVER,)):
+    """Start flask/server.py, wait until it answers, and stop it at the end if the test did not; any port by default."""
+    port = port or free_ports(1)[0]
     command = [sys.executable, *program, f"--port={port}", "--model-repository", repository]
     # A process group of its own, so that a test can press Ctrl-C.
     with log.open("wb") as output:

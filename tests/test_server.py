@@ -1,5 +1,6 @@
 """flask/server.py: its answers, through Flask's client, and the server itself, with slow, rude and many clients."""
 
+import base64
 import io
 import json
 import os
@@ -21,14 +22,17 @@ from http.client import HTTPException
 from pathlib import Path
 
 import flask
+import jsonschema
 import numpy as np
+import openapi_spec_validator
 import pytest
 from conftest import flask_server, free_ports
+from engines import EngineError
 from PIL import Image
 from server import create_app
 from serving import MAX_UPLOAD
 
-from mnist_preprocess import HOST, INPUT_NAME, MODEL_NAME, OUTPUT_NAME, ROOT, SAMPLE_IMAGE, open_image, preprocess
+from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE, open_image, preprocess
 
 SCRIPT = ROOT / "flask" / "server.py"
 BOUNDARY = "boundary"
@@ -61,25 +65,27 @@ DIGIT = png(np.asarray(open_image(SAMPLE_IMAGE).convert("L").resize((28, 28)))) 
 SEVEN = b'{"Prediction":"7"}\n'
 
 
-class FakeModel:
+class FakeEngine:
     """Sees a 7 in everything and remembers what it was given."""
 
-    def warm_up(self):
-        self.warm = True
+    name = "a fake"
 
-    def predict(self, inputs):
-        self.inputs = inputs
-        return {OUTPUT_NAME: np.array([[0, 0, 0.0625, 0, 0, 0, 0, 0.875, 0.0625, 0]], np.float32)}
+    def begin(self):
+        self.batch = None
 
-
-@pytest.fixture
-def model():
-    return FakeModel()
+    def predict(self, batch):
+        self.batch = batch
+        return np.array([[0, 0, 0.0625, 0, 0, 0, 0, 0.875, 0.0625, 0]], np.float32), "3"
 
 
 @pytest.fixture
-def client(model):
-    return create_app(model).test_client()
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def client(engine):
+    return create_app(engine).test_client()
 
 
 def test_flask_is_the_installed_package():
@@ -87,12 +93,11 @@ def test_flask_is_the_installed_package():
     assert not Path(flask.__file__).is_relative_to(ROOT / "flask")
 
 
-def test_answer_is_exactly_what_the_tutorial_shows(client, model):
+def test_answer_is_exactly_what_the_tutorial_shows(client, engine):
     answer = client.post("/mnist_infer", data=form(SAMPLE), headers=HEADERS)
     assert (answer.status_code, answer.data, answer.mimetype) == (200, SEVEN, "application/json")
-    assert list(model.inputs) == [INPUT_NAME]
-    np.testing.assert_array_equal(model.inputs[INPUT_NAME], preprocess(open_image(SAMPLE_IMAGE))[None])
-    assert model.inputs[INPUT_NAME].dtype == np.float32
+    np.testing.assert_array_equal(engine.batch, preprocess(open_image(SAMPLE_IMAGE))[None])
+    assert engine.batch.dtype == np.float32
 
 
 def test_picture_is_found_among_other_fields(client):
@@ -125,15 +130,88 @@ def test_query_that_is_not_ours(client, query):
     assert client.post("/mnist_infer" + query, data=form(SAMPLE), headers=HEADERS).data == SEVEN
 
 
-def test_28x28_picture_reaches_the_model_bit_by_bit(client, model, mnist_test):
+def test_28x28_picture_reaches_the_model_bit_by_bit(client, engine, mnist_test):
     picture = mnist_test[0][0]
     client.post("/mnist_infer", data=form(png(picture[..., 0])), headers=HEADERS)
-    assert np.array_equal(model.inputs[INPUT_NAME][0], picture)
+    assert np.array_equal(engine.batch[0], picture)
 
 
-def test_details(client):
-    answer = client.post("/mnist_infer?details=1", data=form(SAMPLE), headers=HEADERS)
-    assert answer.json == {"Prediction": "7", "Probabilities": [0, 0, 0.0625, 0, 0, 0, 0, 0.875, 0.0625, 0]}
+@pytest.mark.parametrize("kind", ["image/png", "image/x-of-some-kind", "application/octet-stream"])
+def test_picture_as_the_body(client, kind):
+    assert client.post("/mnist_infer", data=SAMPLE, content_type=kind).data == SEVEN
+    assert client.post("/mnist_infer", data=b"", content_type=kind).status_code == 400
+
+
+def test_body_of_unknown_length_may_have_been_cut(client):
+    chunked = {"input_stream": io.BytesIO(SAMPLE), "headers": {"Transfer-Encoding": "chunked"}}
+    assert client.post("/mnist_infer", content_type="image/png", **chunked).status_code == 411
+
+
+def test_details(client, engine):
+    answer = client.post("/mnist_infer?details=1", data=form(SAMPLE), headers=HEADERS).json
+    seen = Image.open(io.BytesIO(base64.b64decode(answer.pop("Input").removeprefix("data:image/png;base64,"))))
+    assert np.array_equal(np.asarray(seen), engine.batch[0, ..., 0].round())
+    assert 0 < answer.pop("Milliseconds") < 1000
+    assert answer == {
+        "Prediction": "7",
+        "Confidence": 0.875,
+        "Probabilities": [0, 0, 0.0625, 0, 0, 0, 0, 0.875, 0.0625, 0],
+        "ModelVersion": "3",
+        "Engine": "a fake",
+    }
+
+
+@pytest.mark.parametrize("query", ["", "?details=0", "?details", "?Details=1"])
+def test_no_details_without_asking(client, query):
+    assert client.post(f"/mnist_infer{query}", data=form(SAMPLE), headers=HEADERS).data == SEVEN
+
+
+def test_openapi_document_is_valid_and_true(client):
+    document = client.get("/openapi.json", buffered=True).json
+    openapi_spec_validator.validate(document)
+    schemas = document["components"]["schemas"]
+    details = client.post("/mnist_infer?details=1", data=form(SAMPLE), headers=HEADERS).json
+    jsonschema.validate(details, schemas["Answer"])
+    assert details.keys() == schemas["Answer"]["properties"].keys()
+    jsonschema.validate(client.post("/mnist_infer").json, schemas["Error"])
+
+
+def test_page_loads_nothing_from_elsewhere(client):
+    answer = client.get("/")
+    assert (answer.status_code, answer.mimetype) == (200, "text/html")
+    policy = dict(part.split(maxsplit=1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == "'self'"
+    for address in re.findall(r"(?:src|href)=\"(?!data:|#)([^\"]+)\"", answer.text):
+        assert client.get(f"/{address}", buffered=True).status_code == 200
+
+
+def test_other_origins(engine, client):
+    assert "Access-Control-Allow-Origin" not in client.post("/mnist_infer", data=form(SAMPLE), headers=HEADERS).headers
+    origin = "http://localhost:8080"
+    open_client = create_app(engine, origin).test_client()
+    for answer in (open_client.post("/mnist_infer"), open_client.options("/mnist_infer"), open_client.get("/nothing")):
+        assert answer.headers["Access-Control-Allow-Origin"] == origin
+        assert answer.headers["Access-Control-Allow-Headers"] == "Content-Type"
+
+
+def test_answers_are_what_they_say(client):
+    for answer in (
+        client.get("/"),
+        client.get("/static/page.js", buffered=True),
+        client.get("/nothing"),
+        client.post("/mnist_infer"),
+    ):
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_engine_that_is_away(client, engine):
+    def fail(batch):
+        raise EngineError("Triton at x does not answer; ask again in a moment")
+
+    engine.predict = fail
+    answer = client.post("/mnist_infer", data=form(SAMPLE), headers=HEADERS)
+    assert (answer.status_code, answer.json) == (503, {"Error": "Triton at x does not answer; ask again in a moment"})
+    assert answer.headers["Retry-After"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +226,7 @@ def test_details(client):
         pytest.param(form(png_that_claims(100_000, 100_000)), HEADERS, 400, id="huge"),
         pytest.param(form(png_that_claims(0, 0)), HEADERS, 400, id="no pixel"),
         pytest.param(form(png(np.full((50, 50), 255, np.uint8))), HEADERS, 422, id="blank"),
-        pytest.param(SAMPLE, {"Content-Type": "image/png"}, 400, id="no form"),
+        pytest.param(SAMPLE, {"Content-Type": "text/plain"}, 400, id="no picture by its type"),
         pytest.param(form(SAMPLE), {"Content-Type": "multipart/form-data"}, 400, id="no boundary"),
         pytest.param(b"image=digit.png", {"Content-Type": "application/x-www-form-urlencoded"}, 400, id="not a file"),
         pytest.param(form(SAMPLE)[:100], HEADERS, 400, id="form cut off"),
@@ -189,7 +267,17 @@ def serve(*options):
 
 
 @pytest.mark.parametrize(
-    "option", ["--workers=0", "--workers=many", "--port=http", "--port=70000", "--port=-1", "--no-such-option"]
+    "option",
+    [
+        *("--workers=0", "--workers=many", "--port=http", "--port=70000", "--port=-1", "--no-such-option"),
+        *(
+            "--triton=localhost",
+            "--triton=a:1,b",
+            "--triton=http://a:1",
+            "--allow-origin=a",
+            "--allow-origin=http://a/b",
+        ),
+    ],
 )
 def test_wrong_usage(option):
     result = serve(option)
@@ -289,7 +377,9 @@ def test_curl_line_of_the_tutorial(server):
         assert subprocess.run(command, capture_output=True, check=True).stdout.startswith(b'{"Prediction":"')
     status, body = ask(server, "/mnist_infer?details=1")
     assert status == 200
-    assert sum(json.loads(body)["Probabilities"]) == pytest.approx(1, abs=1e-4)
+    details = json.loads(body)
+    assert sum(details["Probabilities"]) == pytest.approx(1, abs=1e-4)
+    assert (details["ModelVersion"], details["Engine"]) == ("1", "LiteRT on the CPU")
 
 
 HEAD = f"POST /mnist_infer HTTP/1.1\r\nHost: x\r\nContent-Type: {HEADERS['Content-Type']}\r\n"
