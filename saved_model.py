@@ -93,16 +93,16 @@ class SavedModel:
     It can be handed to other processes, forked or pickled: what runs the model is made where it first predicts.
     """
 
-    def __init__(self, path, device=None, tag=TAG, signature=None, session_options=None):
+    def __init__(self, path, device=None, tag=TAG, signature=None, **session):
         """Read what the SavedModel in the directory `path` takes and gives; warm_up() or predict() loads the rest.
 
         device: a TensorFlow device such as "/GPU:0" or "/CPU:0"; None for the CPU, and for the twin where there is one.
         tag, signature: which graph to run; without a signature, `serving_default`, or the only one that there is.
-        session_options: fields of TensorFlow's ConfigProto, as a dictionary.
+        session: what _Session takes besides.
         Raises ModelError when there is no such SavedModel, graph or signature, or its twin is damaged.
         """
         self._path, self._device, self._tag = Path(path), device, tag
-        self._session_options = session_options or {}
+        self._session_settings = session
         self.signature, self.inputs, self.outputs = _read_signature(self._path, tag, signature)
         self.runtime = f"TensorFlow on {device or 'the CPU'}"
         self._twin = None
@@ -121,7 +121,8 @@ class SavedModel:
         self._idle_interpreters = []
         large = self._twin and os.path.getsize(self._twin) >= LARGE_TWIN
         self._one_at_a_time = threading.Lock() if large else nullcontext()
-        self._threads = self._session_options.get("intra_op_parallelism_threads") or (os.cpu_count() if large else 1)
+        options = self._session_settings.get("options", {})
+        self._threads = options.get("intra_op_parallelism_threads") or (os.cpu_count() if large else 1)
 
     def __getstate__(self):
         made = ("_session", "_loading", "_idle_interpreters", "_one_at_a_time", "_threads")
@@ -131,9 +132,10 @@ class SavedModel:
         self.__dict__.update(state)
         self._begin()
 
-    def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run one batch: every input of the signature by its name. Returns every output by its name, as an array.
+    def predict(self, inputs: dict[str, np.ndarray], outputs=None) -> dict[str, np.ndarray]:
+        """Run one batch: every input of the signature by its name. Returns the outputs by their names, as arrays.
 
+        outputs: the names of those that TensorFlow shall compute, of all without it; a twin always computes all.
         Raises ModelError for inputs that do not fit the signature, or that the model itself refuses.
         """
         # What the twin refuses, TensorFlow answers, or says what is wrong with it.
@@ -146,7 +148,14 @@ class SavedModel:
             return {
                 name: np.empty([size or 0 for size in shape], dtype) for name, (dtype, shape) in self.outputs.items()
             }
-        return self._load_session()(inputs)
+        return self._load_session()(inputs, tuple(outputs or self.outputs))
+
+    def keeps_state(self) -> bool:
+        """Tell whether a run may change what later runs answer, so that none may be repeated."""
+        operations = () if self._twin else _operations(self._path, self._tag, self.signature)
+        return any(
+            stateful and name not in HARMLESS and not REPEATABLE.fullmatch(name) for name, _, stateful in operations
+        )
 
     def warm_up(self):
         """Load what runs the model. A twin runs once, for its first run is slow; another model might keep a state.
@@ -177,7 +186,7 @@ class SavedModel:
     def _load_session(self):
         with self._loading:
             if self._session is None:
-                self._session = _Session(self._path, self._tag, self.signature, self._device, self._session_options)
+                self._session = _Session(self._path, self._tag, self.signature, self._device, **self._session_settings)
         return self._session
 
     def _check(self, inputs):
@@ -186,8 +195,7 @@ class SavedModel:
             raise ModelError(f"the model takes the inputs {sorted(self.inputs)}, not {sorted(inputs)}")
         for name, (dtype, shape) in self.inputs.items():
             given = inputs[name]
-            # TensorFlow 1 wrote () for a shape that nobody had said, too.
-            fits = not shape or (
+            fits = shape is None or (
                 given.ndim == len(shape)
                 and all(size in (None, actual) for size, actual in zip(shape, given.shape, strict=True))
             )
@@ -276,7 +284,13 @@ def _signature_shape(details):
 class _Session:
     """A signature as TensorFlow runs it, in a session of its own: that is how TensorFlow's C++ servers run it, too."""
 
-    def __init__(self, path, tag, signature, device, options):
+    def __init__(self, path, tag, signature, device, options=None, libraries=(), init_operations=()):
+        """Load the graph and its variables.
+
+        options: fields of TensorFlow's ConfigProto, as a dictionary.
+        libraries: paths of the shared libraries of operations that TensorFlow lacks.
+        init_operations: the names of operations to run once, after those that the SavedModel itself names.
+        """
         tf = _import_tensorflow()
         if device and "GPU" in device:
             # Without it the first process takes all memory of every GPU, and the next model finds none.
@@ -284,14 +298,18 @@ class _Session:
         else:
             devices = {"device_count": {"GPU": 0}}
         graph = tf.Graph()
-        config = tf.compat.v1.ConfigProto(allow_soft_placement=True, **devices, **options)
+        config = tf.compat.v1.ConfigProto(**{"allow_soft_placement": True} | devices | (options or {}))
         session = tf.compat.v1.Session(graph=graph, config=config)
         logger = tf.get_logger()
         level = logger.level
         logger.setLevel("ERROR")  # Else it advises the loader's users of another loader, which loads one graph only.
         try:
+            for library in libraries:
+                tf.load_op_library(library)
             with graph.as_default(), graph.device(device):
                 loaded = tf.compat.v1.saved_model.load(session, [tag], _plain(path)).signature_def[signature]
+            if init_operations:
+                session.run(init_operations)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError, tf.errors.OpError) as error:
             if not Path(path, "variables", "variables.index").exists():
                 raise ModelError(
@@ -301,19 +319,26 @@ class _Session:
         finally:
             logger.setLevel(level)
         self._errors = (TypeError, ValueError, tf.errors.OpError)
-        self._inputs, outputs = sorted(loaded.inputs), sorted(loaded.outputs)
-        self._outputs = [(name, object if loaded.outputs[name].dtype == tf.string else None) for name in outputs]
-        self._run = session.make_callable(
-            [loaded.outputs[name].name for name in outputs], [loaded.inputs[name].name for name in self._inputs]
-        )
+        self._session, self._inputs, self._outputs = session, dict(loaded.inputs), dict(loaded.outputs)
+        self._strings = {name for name, info in loaded.outputs.items() if info.dtype == tf.string}
+        self._runs = {}
 
-    def __call__(self, inputs):
+    def __call__(self, inputs, outputs):
+        run = self._runs.get(outputs)
+        if run is None:
+            fetched = [self._outputs[name].name for name in outputs]
+            # Unlike Session.run(), it leaves it to the graph to judge the shapes of its inputs.
+            run = self._session.make_callable(fetched, [info.name for info in self._inputs.values()])
+            self._runs[outputs] = run
         try:
-            values = self._run(*[inputs[name] for name in self._inputs])
+            values = run(*[inputs[name] for name in self._inputs])
         except self._errors as error:
             raise ModelError(f"TensorFlow cannot run the model on these inputs: {_reason(error)}") from error
         # A scalar comes as a bare value, a string's as bytes.
-        return {name: np.asarray(value, dtype) for (name, dtype), value in zip(self._outputs, values, strict=True)}
+        return {
+            name: np.asarray(value, object if name in self._strings else None)
+            for name, value in zip(outputs, values, strict=True)
+        }
 
 
 def _plain(path):
@@ -339,35 +364,48 @@ def _reason(error):
     return " ".join(message.split()) or type(error).__name__
 
 
-def _read_signature(path, tag, name):
-    """Return the name, inputs and outputs of the signature `name`, or the default one, of the graph with this one tag.
+def _read_graph(path, tag):
+    """Return the fields of the MetaGraphDef with this one tag in saved_model.pb, see _parse().
 
-    They stand in saved_model.pb. Raises ModelError when there is no such file, graph or signature.
+    The numbers, here and where its parts are read, are those in tensorflow/core/protobuf and tensorflow/core/framework;
+    TensorFlow's own classes of these messages come with TensorFlow alone.
+    Raises ModelError when there is no such graph.
     """
     file = path / "saved_model.pb"
     if not file.is_file():
         raise ModelError(f"no SavedModel in {path}: it has no saved_model.pb")
     try:
-        # The numbers are those of the fields of SavedModel, MetaGraphDef, MetaInfoDef, SignatureDef and TensorInfo in
-        # tensorflow/core/protobuf. TensorFlow's own classes of them come with TensorFlow alone.
         graphs = [_parse(graph) for graph in _parse(memoryview(file.read_bytes()))[2]]
         tags = [sorted(_text(text) for info in graph[1] for text in _parse(info)[4]) for graph in graphs]
         if not graphs:
             raise IndexError("no graph")
-        if [tag] not in tags:
-            raise ModelError(
-                f"the SavedModel in {path} has no graph with the tag {tag!r}, it has those with {_listed(tags)}"
-            )
-        signatures = _entries(graphs[tags.index([tag])][5])
-        name = name or _default_signature(signatures)
-        if name not in signatures:
-            there = _listed(key for key in signatures if key not in NOT_SERVED)
-            raise ModelError(f"the SavedModel in {path} has no signature {name!r}, it has {there or 'none'}")
-        sides = [_entries(signatures[name][number]) for number in (1, 2)]
-        return (name, *({key: _tensor_spec(key, info) for key, info in side.items()} for side in sides))
     except OSError as error:
         raise ModelError(f"cannot read {file}: {error.strerror}") from error
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except DAMAGE as error:
+        raise ModelError(f"cannot load the SavedModel in {path}: its saved_model.pb is damaged") from error
+    if [tag] not in tags:
+        there = _listed(", ".join(names) for names in tags)
+        raise ModelError(f"expected '{tag}' tag: the SavedModel in {path} has graphs with the tags {there}")
+    return graphs[tags.index([tag])]
+
+
+def _read_signature(path, tag, name):
+    """Return the name, inputs and outputs of the signature `name`, or the default one, of the graph with this one tag.
+
+    Raises ModelError when there is no such graph or signature.
+    """
+    graph = _read_graph(path, tag)
+    try:
+        signatures = {key: value for key, value in _entries(graph[5]).items() if key not in NOT_SERVED}
+        name = name or (next(iter(signatures)) if len(signatures) == 1 else SIGNATURE)
+        if name not in signatures:
+            there = _listed(signatures) or "none"
+            raise ModelError(f"expected '{name}' signature: the SavedModel in {path} has {there} for the tag '{tag}'")
+        # TensorFlow 1 wrote a rank of 0, too, where it knew none. TensorFlow 2 adds its objects, field 7.
+        is_exact = bool(graph[7])
+        sides = [_entries(signatures[name][number]) for number in (1, 2)]
+        return (name, *({key: _tensor_spec(key, info, is_exact) for key, info in side.items()} for side in sides))
+    except DAMAGE as error:
         raise ModelError(f"cannot load the SavedModel in {path}: its saved_model.pb is damaged") from error
 
 
@@ -375,20 +413,16 @@ def _read_signature(path, tag, name):
 NOT_SERVED = ("__saved_model_init_op", "__saved_model_train_op")
 
 
-def _default_signature(signatures):
-    served = [name for name in signatures if name not in NOT_SERVED]
-    return served[0] if len(served) == 1 else SIGNATURE
-
-
 def _listed(names):
-    return ", ".join(repr(name) if isinstance(name, str) else repr(", ".join(name)) for name in names)
+    return ", ".join(f"'{name}'" for name in names)
+
+
+# What _parse() and the readers of its results raise for a damaged file.
+DAMAGE = (IndexError, KeyError, TypeError, UnicodeDecodeError)
 
 
 def _parse(message):
-    """Return the values of a protocol buffer by the numbers of its fields: integers, or the bytes of anything longer.
-
-    Raises IndexError or KeyError for a damaged message.
-    """
+    """Return a protocol buffer's values by the numbers of its fields: integers, or the bytes of anything longer."""
     fields = defaultdict(list)
     position = 0
 
@@ -427,22 +461,23 @@ def _text(value):
     return bytes(value).decode()
 
 
-def _tensor_spec(name, info):
+def _tensor_spec(name, info, is_exact):
     if not info[1]:
         raise ModelError(f"{name} is a sparse or composite tensor, which has more than one part")
     dtypes = dict(enumerate(DTYPES.split()))
-    (number,) = info[2] or [0]
+    number = info[2][-1] if info[2] else 0
     shape = _parse(info[3][0]) if info[3] else defaultdict(list)
     sizes = [sum(_parse(dim)[1]) for dim in shape[2]]
-    return TensorSpec(
-        dtypes.get(number, f"type {number}"),
-        # -1 is an open size; negative numbers are written with 64 bits.
-        None if any(shape[3]) else tuple(None if size >> 63 else size for size in sizes),
-    )
+    is_open = any(shape[3]) or not (sizes or is_exact)
+    # -1 is an open size; negative numbers are written with 64 bits.
+    sizes = None if is_open else tuple(None if size >> 63 else size for size in sizes)
+    return TensorSpec(dtypes.get(number, f"type {number}"), sizes)
 
 
 # Operations that TensorFlow calls stateful and that change nothing.
 HARMLESS = {"Placeholder", "PartitionedCall", "StatefulPartitionedCall", "VarHandleOp", "ReadVariableOp", "VariableV2"}
+# Others that may be repeated, for they keep nothing that an answer depends on, or are random anyway.
+REPEATABLE = re.compile("Assert|Print.*|CheckNumerics.*|.*Random.*|.*HashTable.*|LookupTableFind.*|Multinomial")
 CONTROL_FLOW = re.compile("(Stateless)?(If|While|Case)|For|Switch|Merge|Enter")
 # Kinds of examples to compare on, and by what random ones are multiplied for them.
 KINDS = {"random": 1, "zero": 0, "negative": -1, "large": 1e6, "NaN": np.nan, "infinite": np.inf}
@@ -462,7 +497,7 @@ def add_twin(path):
     shapes = [spec.shape for spec in (*model.inputs.values(), *model.outputs.values())]
     if any(shape is None or None in shape[1:] for shape in shapes):
         raise ModelError(f"{refused}: more than the first size of a tensor is open")
-    for name, has_strings, is_stateful in _operations(path):
+    for name, has_strings, is_stateful in _operations(path, TAG, SIGNATURE):
         if is_stateful and name not in HARMLESS:
             raise ModelError(f"{refused}: its {name} checks, keeps, prints or draws something")
         if CONTROL_FLOW.fullmatch(name):
@@ -487,30 +522,34 @@ def add_twin(path):
         unfinished.replace(path / DIGESTS)
 
 
-def _operations(path):
-    """Yield (name, whether it handles strings, whether it is stateful) of every operation behind the outputs."""
-    from tensorflow.core.framework.types_pb2 import DT_STRING
-    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel as Message
+STRING = DTYPES.split().index("string")
 
-    graphs = Message.FromString((path / "saved_model.pb").read_bytes()).meta_graphs
-    (graph,) = [graph for graph in graphs if list(graph.meta_info_def.tags) == [TAG]]
-    stateful = {operation.name: operation.is_stateful for operation in graph.meta_info_def.stripped_op_list.op}
-    functions = {function.signature.name: function.node_def for function in graph.graph_def.library.function}
-    nodes = {node.name: node for node in graph.graph_def.node}
-    names = [output.name for output in graph.signature_def[SIGNATURE].outputs.values()]
+
+def _operations(path, tag, signature):
+    """Yield (name, whether it handles strings, whether it is stateful) of each operation behind a signature."""
+    graph = _read_graph(path, tag)
+    known = [_parse(operation) for listed in _parse(graph[1][0])[2] for operation in _parse(listed)[1]]
+    stateful = {_text(operation[1][0]): any(operation[17]) for operation in known}
+    (definition,) = map(_parse, graph[2])
+    functions = [_parse(function) for library in definition[2] for function in _parse(library)[1]]
+    functions = {_text(_parse(function[1][0])[1][0]): function[3] for function in functions}
+    nodes = {_text(node[1][0]): node for node in map(_parse, definition[1])}
+    names = [_text(info[1][0]) for info in _entries(_entries(graph[5])[signature][2]).values()]
     behind = []
     while names:
         # A tensor's name is its operation's and a number; ^ stands before that of an operation that must run first.
         node = nodes.pop(names.pop().lstrip("^").partition(":")[0], None)
         if node:
             behind.append(node)
-            names += node.input
+            names += map(_text, node[3])
     for node in behind:  # It grows on the way, by the functions that it calls.
-        values = node.attr.values()
-        yield node.op, any(DT_STRING in (value.type, *value.list.type) for value in values), stateful.get(node.op, True)
-        for value in values:
-            for function in (value.func, *value.list.func):
-                behind += functions.pop(function.name, ())
+        name = _text(node[2][0])
+        values = _entries(node[5]).values()
+        lists = [_parse(part) for value in values for part in value[1]]
+        types = {number for value in values for number in value[6]} | {n for part in lists for n in b"".join(part[6])}
+        yield name, STRING in types, stateful.get(name, True)
+        for function in [*(f for value in values for f in value[10]), *(f for part in lists for f in part[9])]:
+            behind += map(_parse, functions.pop(_text(_parse(function)[1][0]), ()))
 
 
 def _compare(model, twin, refused):
