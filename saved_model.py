@@ -88,7 +88,8 @@ class SavedModel:
 
     inputs, outputs: a TensorSpec for each tensor's name.
     signature: the signature's name.
-    runtime: what runs the model and, where a twin does not, why: a line for the log.
+    twin: the path of the LiteRT twin that runs it, or None where TensorFlow does.
+    runtime: what runs the model: a line for the log.
 
     It can be handed to other processes, forked or pickled: what runs the model is made where it first predicts.
     """
@@ -105,10 +106,10 @@ class SavedModel:
         self._session_settings = session
         self.signature, self.inputs, self.outputs = _read_signature(self._path, tag, signature)
         self.runtime = f"TensorFlow on {device or 'the CPU'}"
-        self._twin = None
+        self.twin = None
         if device is None and (tag, self.signature) == (TAG, SIGNATURE) and (self._path / TWIN).exists():
             if self._is_twin_mine():
-                self._twin = str(self._path / TWIN)
+                self.twin = str(self._path / TWIN)
                 self.runtime = "LiteRT on the CPU"
             else:
                 self.runtime += f": its twin was made for another model, 'python saved_model.py {path}' makes a new one"
@@ -119,7 +120,7 @@ class SavedModel:
         self._session = None
         self._loading = threading.Lock()
         self._idle_interpreters = []
-        large = self._twin and os.path.getsize(self._twin) >= LARGE_TWIN
+        large = self.twin and os.path.getsize(self.twin) >= LARGE_TWIN
         self._one_at_a_time = threading.Lock() if large else nullcontext()
         options = self._session_settings.get("options", {})
         self._threads = options.get("intra_op_parallelism_threads") or (os.cpu_count() if large else 1)
@@ -139,11 +140,11 @@ class SavedModel:
         Raises ModelError for inputs that do not fit the signature, or that the model itself refuses.
         """
         # What the twin refuses, TensorFlow answers, or says what is wrong with it.
-        if self._twin and all(_is_for_twin(array) for array in inputs.values()):
+        if self.twin and all(_is_for_twin(array) for array in inputs.values()):
             with suppress(RuntimeError), self._one_at_a_time:
                 return self._run_twin(inputs)
         self._check(inputs)
-        if self._twin and not any(array.size for array in inputs.values()):
+        if self.twin and not any(array.size for array in inputs.values()):
             # As many rows as the inputs have, which add_twin() makes sure of.
             return {
                 name: np.empty([size or 0 for size in shape], dtype) for name, (dtype, shape) in self.outputs.items()
@@ -152,7 +153,7 @@ class SavedModel:
 
     def keeps_state(self) -> bool:
         """Tell whether a run may change what later runs answer, so that none may be repeated."""
-        operations = () if self._twin else _operations(self._path, self._tag, self.signature)
+        operations = () if self.twin else _operations(self._path, self._tag, self.signature)
         return any(
             stateful and name not in HARMLESS and not REPEATABLE.fullmatch(name) for name, _, stateful in operations
         )
@@ -162,7 +163,7 @@ class SavedModel:
 
         Raises ModelError when the model cannot be loaded.
         """
-        if self._twin:
+        if self.twin:
             self.predict(_examples(self.inputs, batch_size=1, kind="zero"))
         else:
             self._load_session()
@@ -173,7 +174,7 @@ class SavedModel:
         try:
             interpreter = self._idle_interpreters.pop()
         except IndexError:
-            interpreter = _Interpreter(self._twin, self._threads)
+            interpreter = _Interpreter(self.twin, self._threads)
         shapes = [(name, array.shape, array.dtype) for name, array in inputs.items()]
         if shapes != interpreter.shapes:
             self._check(inputs)
@@ -555,8 +556,8 @@ def _operations(path, tag, signature):
 def _compare(model, twin, refused):
     """Raise ModelError unless a SavedModel with this twin takes, refuses and answers what the model does."""
     candidate = SavedModel(model._path, signature=SIGNATURE)
-    candidate._twin, candidate._session = str(twin), model._load_session()
-    interpreter = _Interpreter(candidate._twin, threads=1)
+    candidate.twin, candidate._session = str(twin), model._load_session()
+    interpreter = _Interpreter(candidate.twin, threads=1)
     if not interpreter.has_signature(model):
         raise ModelError(f"{refused}: LiteRT's version of it has another signature")
     for kind, batch_size in itertools.product(KINDS, (1, 2, 5, 32, 0)):

@@ -33,7 +33,7 @@ LOOKUP = """
 max_batch_size: 8
 input { name: "index" data_type: TYPE_INT32 dims: [1] }
 input { name: "text" data_type: TYPE_STRING dims: [1] }
-input { name: "numbers" data_type: TYPE_FP32 dims: [-1] allow_ragged_batch: true }
+input { name: "numbers" data_type: TYPE_FP32 dims: [-1] }
 output { name: "value" data_type: TYPE_FP32 dims: [1] }
 output { name: "echo" data_type: TYPE_STRING dims: [1] }
 output { name: "total" data_type: TYPE_FP32 dims: [1] }
@@ -199,11 +199,17 @@ def test_dims_that_count_the_batch_leave_the_model_unbatched(triton, load_double
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"input": "z"}, "inputs: the SavedModel expects 'x', the configuration gives 'z'"),
-        ({"output": "output_1"}, "outputs: the SavedModel expects 'y', the configuration gives 'output_1'"),
+        ({"input": "z"}, "unexpected inference input 'z', allowed inputs are: x"),
+        ({"output": "output_1"}, "unexpected inference output 'output_1', allowed outputs are: y"),
         (
-            {"data_type": "TYPE_UINT8", "size": 3},
-            "input 'x': the SavedModel expects TYPE_FP32 [-1, 2], the configuration gives TYPE_UINT8 [-1, 3]",
+            {"data_type": "TYPE_UINT8"},
+            "configuration expects datatype TYPE_UINT8 for input 'x', model provides TYPE_FP32",
+        ),
+        (
+            {"size": 3},
+            "tensor 'x': the model expects 2 dimensions (shape [-1,2]) but the model configuration specifies 2 "
+            "dimensions (an initial batch dimension because max_batch_size > 0 followed by the explicit tensor shape, "
+            "making complete shape [-1,3])",
         ),
     ],
 )
@@ -243,12 +249,6 @@ def test_one_bad_request_fails_alone(triton, lookup):
     error = answers.pop(3)
     assert error.message() == "TensorFlow cannot run the model on these inputs: indices[0,0] = 9 is not in [0, 4)"
     assert [answer["value"].tolist() for answer in answers] == [[[index + 0.5]] for index in (0, 1, 2, 3, 2, 1, 0)]
-
-
-def test_shapes_that_cannot_be_joined_run_separately(triton, lookup):
-    answers, executions = ask_together(triton, [lookup_rows(1, length=length) for length in range(1, 9)])
-    assert executions == 1
-    assert [answer["total"].tolist() for answer in answers] == [[[2 * length]] for length in range(1, 9)]
 
 
 def test_only_requested_outputs_are_sent(protocol, lookup):

@@ -2,20 +2,25 @@
 
 A Triton *Python-based backend*: this file and saved_model.py side by side in the folder `backends/tensorflow` serve
 every model whose configuration says `backend: "tensorflow"` or `platform: "tensorflow_savedmodel"`, or that has no
-configuration at all. Triton runs one process of it per model instance.
+configuration at all. Triton runs one process of it per model instance. scripts/triton/README.md lists which settings it
+honours and which it refuses.
 """
 
 import json
-from contextlib import suppress
+import os
+import signal
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from saved_model import SAVED_MODEL, ModelError, SavedModel, count_gpus
+from saved_model import SAVED_MODEL, TAG, ModelError, SavedModel, count_gpus
 
 DEFAULT_MAX_BATCH_SIZE = 4  # NVIDIA's backend gave it to a model that can batch and does not say how far.
+
+MIXED_PRECISION = "auto_mixed_precision"
+TRUE = ("true", "on", "1")  # How NVIDIA's backend reads a truth value, in any case.
 
 # TensorFlow's name of each dtype that Triton carries too, and Triton's.
 DATA_TYPES = {
@@ -41,68 +46,110 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config):
-        """Fill in what config.pbtxt leaves out: names, data types and dims from the signature, and batching."""
+        """Fill in what config.pbtxt leaves out: names, data types and dims from the signature, and batching.
+
+        What cannot be served is refused here where it can be, since initialize runs in several instances at once.
+        """
+        _ignore_interrupts()
         # The setters of pb_utils.ModelConfig do not know `reshape`, and what Triton reads back is this very dictionary.
         settings = config.as_dict()
-        if not _is_complete(settings):  # Loading TensorFlow takes seconds, and initialize does it again.
-            model = _load(pb_utils.get_model_dir(), settings)
-            _complete(settings, model)
-            _check(settings, model)
-        if settings["max_batch_size"] > 1 and "sequence_batching" not in settings:
-            settings.setdefault("dynamic_batching", {})  # Triton prefers batches of max_batch_size then.
+        model = _load(pb_utils.get_model_dir(), settings)
+        _complete(settings, model)
+        _check(settings, model)
         return config
 
     def initialize(self, args):
         """Load the SavedModel and refuse a configuration that contradicts it."""
-        config = json.loads(args["model_config"])
+        _ignore_interrupts()
+        settings = json.loads(args["model_config"])
         device = choose_device(args["model_instance_kind"], int(args["model_instance_device_id"]), count_gpus)
-        self._model = _load(Path(args["model_repository"], args["model_version"]), config, device)
-        pb_utils.Logger.log_info(f"{args['model_instance_name']}: run by {self._model.runtime}")
-        _check(config, self._model)
-        with suppress(ModelError):  # A model may refuse made-up inputs; its first request is a slow one then.
+        self._model = _load(Path(args["model_repository"], args["model_version"]), settings, device)
+        _check(settings, self._model)
+        try:
             self._model.warm_up()
-        self._batched = config["max_batch_size"] > 0
-        self._to_array = {name: _reader(spec) for name, spec in self._model.inputs.items()}
-        outputs = [tensor["name"] for tensor in config["output"]]
-        self._to_tensor = {name: _writer(self._model.outputs[name]) for name in outputs}
+        except ModelError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        _warn_of_settings(settings, device)
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: run by {self._model.runtime}")
+        self._batched = settings["max_batch_size"] > 0
+        self._batch_inputs = settings.get("batch_input", [])
+        self._batch_outputs = {
+            name: output["source_input"][0]
+            for output in settings.get("batch_output", [])
+            for name in output["target_name"]
+        }
+        self._ragged = {tensor["name"] for tensor in settings["input"] if tensor.get("allow_ragged_batch")}
+        made_here = _batch_input_types(settings)
+        self._readers = {name: _reader(spec) for name, spec in self._model.inputs.items() if name not in made_here}
+        names = [tensor["name"] for tensor in settings["output"]]
+        self._writers = {name: _writer(self._model.outputs[name]) for name in names}
+        self._may_repeat = "sequence_batching" not in settings and not self._model.keeps_state()
 
     def execute(self, requests):
         """Answer every request: in one run where they can be joined, each alone where not or where that run fails."""
-        if self._batched and len(requests) > 1:
-            try:
-                return self._answer_together(requests)
-            except ValueError:  # One of them is to blame: alone, each gets its own answer or its own error.
-                pass
-        return [self._answer(request) for request in requests]
+        if self._batched:
+            return self._answer(requests)
+        return [response for request in requests for response in self._answer([request])]
 
-    def _answer_together(self, requests):
-        """Join the requests' inputs, run once and split the outputs; ValueError when any step of it fails."""
-        parts = {
-            name: [read(pb_utils.get_input_tensor_by_name(request, name)) for request in requests]
-            for name, read in self._to_array.items()
-        }
-        sizes = [len(array) for array in next(iter(parts.values()))]
-        outputs = self._model.predict({name: np.concatenate(arrays) for name, arrays in parts.items()})
-        if any(array.shape[:1] != (sum(sizes),) for array in outputs.values()):
-            raise ValueError("an output has not one row per row of the inputs, so it cannot be split")
+    def _answer(self, requests):
+        """Run the requests as one batch. Returns the response to each: its rows of the outputs, or the error."""
+        try:
+            parts = {
+                name: [read(pb_utils.get_input_tensor_by_name(request, name)) for request in requests]
+                for name, read in self._readers.items()
+            }
+            outputs = self._model.predict(self._join(parts), self._wanted_outputs(requests))
+            answers = {name: self._split(name, outputs[name], parts) for name in self._writers if name in outputs}
+        except (ValueError, pb_utils.TritonModelException) as error:
+            if len(requests) > 1 and self._may_repeat:  # One of them is to blame: alone, each gets its own answer.
+                return [response for request in requests for response in self._answer([request])]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))) for _ in requests]
+        # Triton itself leaves out the outputs that a request did not ask for.
         return [
-            self._response({name: array[end - size : end] for name, array in outputs.items()})
-            for size, end in zip(sizes, accumulate(sizes), strict=True)
+            pb_utils.InferenceResponse([self._writers[name](name, arrays[place]) for name, arrays in answers.items()])
+            for place in range(len(requests))
         ]
 
-    def _answer(self, request):
-        """Run one request; its response carries the outputs or the error."""
-        try:
-            inputs = {
-                name: read(pb_utils.get_input_tensor_by_name(request, name)) for name, read in self._to_array.items()
-            }
-            return self._response(self._model.predict(inputs))
-        except ValueError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+    def _join(self, parts):
+        """Return the inputs of the model, from those of the requests; ValueError where they cannot be joined."""
+        inputs = {
+            name: np.concatenate([array.ravel() for array in arrays] if name in self._ragged else arrays)
+            if name in self._ragged or len(arrays) > 1
+            else arrays[0]
+            for name, arrays in parts.items()
+        }
+        for batch_input in self._batch_inputs:
+            values = BATCH_INPUTS[batch_input["kind"]](parts[batch_input["source_input"][0]])
+            inputs |= {name: np.array(values, self._model.inputs[name].dtype) for name in batch_input["target_name"]}
+        return inputs
 
-    def _response(self, outputs):
-        # With every output of the configuration: Triton itself leaves out those that a request did not ask for.
-        return pb_utils.InferenceResponse([write(name, outputs[name]) for name, write in self._to_tensor.items()])
+    def _wanted_outputs(self, requests):
+        """Return the names of the outputs for TensorFlow to compute. A twin computes all, so nobody asks for them."""
+        if self._model.twin:
+            return None
+        wanted = {name for request in requests for name in request.requested_output_names()}
+        return [name for name in self._writers if name in wanted]
+
+    def _split(self, name, array, parts):
+        """Return each request's part of an output; ModelError when the output has other rows than the inputs."""
+        if not self._batched:
+            return [array]
+        source = self._batch_outputs.get(name)
+        if source:  # One element per element of that input, in its shape.
+            array, sizes = array.ravel(), [part.size for part in parts[source]]
+        else:
+            sizes = [len(part) for part in next(iter(parts.values()))]
+        if array.shape[:1] != (sum(sizes),):
+            raise ModelError(f"output '{name}' has the shape {list(array.shape)} for a batch of {sum(sizes)}")
+        arrays = [array[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        if source:
+            return [array.reshape(part.shape) for array, part in zip(arrays, parts[source], strict=True)]
+        return arrays
+
+
+def _ignore_interrupts():
+    """Leave Ctrl-C, which reaches all processes of the terminal, to Triton, which then ends this one in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def choose_device(instance_kind, device_id, count_gpus):
@@ -123,82 +170,321 @@ def choose_device(instance_kind, device_id, count_gpus):
     return None
 
 
-def _load(version_directory, config, device=None):
+def _load(version_directory, settings, device=None):
+    """Return the SavedModel that the settings ask for, on `device`."""
+    if settings.get("platform") == "tensorflow_graphdef":
+        raise _refusal(settings, "a GraphDef has no signature: export the model as a SavedModel")
+    directory = Path(version_directory)
+    parameters = _parameters(settings)
     try:
-        return SavedModel(Path(version_directory, config["default_model_filename"] or SAVED_MODEL), device)
+        return SavedModel(
+            directory / (settings["default_model_filename"] or SAVED_MODEL),
+            device,
+            parameters.get("TF_GRAPH_TAG") or TAG,
+            parameters.get("TF_SIGNATURE_DEF") or None,
+            options=_session_options(settings, parameters, device),
+            libraries=[
+                str(directory.parent / name)
+                for name in settings.get("model_operations", {}).get("op_library_filename", [])
+            ],
+            init_operations=_init_operations(settings, directory, parameters.get("TF_INIT_OPS_FILE")),
+        )
     except ModelError as error:
-        raise pb_utils.TritonModelException(str(error)) from error
+        raise _refusal(settings, error) from error
 
 
-def _is_complete(config):
-    tensors = config["input"] + config["output"]
-    described = all(tensor["dims"] and tensor["data_type"] != "TYPE_INVALID" for tensor in tensors)
-    return config["max_batch_size"] > 0 and config["input"] and config["output"] and described
+def _refusal(settings, reason, action="load model"):
+    return pb_utils.TritonModelException(f"unable to {action} '{settings['name']}', {reason}")
 
 
-def _complete(config, model):
+def _parameters(settings):
+    return {name: value["string_value"] for name, value in settings.get("parameters", {}).items()}
+
+
+def _session_options(settings, parameters, device):
+    """Return the fields of TensorFlow's ConfigProto that the settings ask for."""
+    threads = {"TF_NUM_INTRA_THREADS": 0, "TF_NUM_INTER_THREADS": 0, "MAX_SESSION_SHARE_COUNT": 1}
+    for name, least in threads.items():
+        text = parameters.get(name, str(least))
+        if not text.strip().isdecimal() or int(text) < least:
+            kind = "non-negative" if least == 0 else "positive"
+            raise _refusal(settings, f"parameter '{name}' must be {kind} number, not '{text}'")
+        threads[name] = int(text)
+    per_session = parameters.get("TF_USE_PER_SESSION_THREADS", "false")
+    if per_session.lower() not in (*TRUE, "false", "off", "0"):
+        raise _refusal(settings, f"parameter 'TF_USE_PER_SESSION_THREADS' must be true or false, not '{per_session}'")
+    options = {
+        "intra_op_parallelism_threads": threads["TF_NUM_INTRA_THREADS"],
+        "inter_op_parallelism_threads": threads["TF_NUM_INTER_THREADS"],
+        "use_per_session_threads": per_session.lower() in TRUE,
+    }
+    level = settings.get("optimization", {}).get("graph", {}).get("level", 0)
+    graph_options = {}
+    if level:  # OptimizerOptions.GlobalJitLevel: XLA off, on, and on with more of it.
+        graph_options["optimizer_options"] = {"global_jit_level": -1 if level < 0 else min(level, 2)}
+    if device:
+        if MIXED_PRECISION in _gpu_accelerators(settings):
+            graph_options["rewrite_options"] = {"auto_mixed_precision": 1}  # RewriterConfig.ON
+        share = float(_command_line_setting("gpu-memory-fraction") or 0)
+        if share:
+            options["gpu_options"] = {"per_process_gpu_memory_fraction": share}
+    soft_placement = _command_line_setting("allow-soft-placement")
+    if soft_placement:
+        options["allow_soft_placement"] = soft_placement.lower() in TRUE
+    return options | {"graph_options": graph_options}
+
+
+def _init_operations(settings, directory, name):
+    """Return the names of the operations in the JSON file `name`, of the version's folder or of the model's."""
+    if not name:
+        return []
+    for file in (directory / name, directory.parent / name):
+        if file.is_file():
+            try:
+                return list(json.loads(file.read_text())["init_ops"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise _refusal(settings, f"TF_INIT_OPS_FILE: {file} is no JSON with a list 'init_ops'") from error
+    raise _refusal(settings, f"TF_INIT_OPS_FILE: there is no {name} in {directory} or {directory.parent}")
+
+
+def _command_line_setting(name):
+    """Return what the option --backend-config of tritonserver, which starts this process, gives `name`, or None.
+
+    Triton tells a Python backend none of it. What is meant for this backend precedes what is meant for all.
+    """
+    arguments = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace")
+    arguments = arguments.replace("--backend-config\0", "--backend-config=").split("\0")
+    for prefix in ("tensorflow,", ""):
+        option = f"--backend-config={prefix}{name}="
+        values = [argument.removeprefix(option) for argument in arguments if argument.startswith(option)]
+        if values:
+            return values[-1]
+    return None
+
+
+def _control_types(settings):
+    """Return the data type of each input by which Triton tells a model where a sequence stands."""
+    types = {}
+    for tensor in settings.get("sequence_batching", {}).get("control_input", []):
+        for control in tensor["control"]:
+            types[tensor["name"]] = (
+                control["data_type"]
+                if control["kind"] == "CONTROL_SEQUENCE_CORRID"
+                else next(f"TYPE_{key.partition('_')[0].upper()}" for key in CONTROL_VALUES if control.get(key))
+            )
+    return types
+
+
+CONTROL_VALUES = ("int32_false_true", "fp32_false_true", "bool_false_true")
+
+
+def _batch_input_types(settings):
+    """Return the data type of each input that is made here, from how many elements the requests have."""
+    return {name: tensor["data_type"] for tensor in settings.get("batch_input", []) for name in tensor["target_name"]}
+
+
+def _complete(settings, model):
     """Fill in max_batch_size and what the signature tells of each input and output; outputs may be a selection."""
-    sides = {"input": model.inputs, "output": model.outputs}
-    if config["max_batch_size"] == 0 and _can_batch(config, sides):
-        config["max_batch_size"] = DEFAULT_MAX_BATCH_SIZE
+    _check_names(settings, model)
+    filled = _control_types(settings) | _batch_input_types(settings)
+    sides = {
+        "input": {name: spec for name, spec in model.inputs.items() if name not in filled},
+        "output": model.outputs,
+    }
+    shapes = [spec.shape for specs in sides.values() for spec in specs.values()]
+    if settings["max_batch_size"] > 0:
+        if any(shape is not None and shape[:1] != (None,) for shape in shapes):
+            raise _refusal(
+                settings,
+                f"configuration specified max-batch {settings['max_batch_size']} but model signature does not support "
+                "batching",
+                "autofill for",
+            )
+    elif _can_batch(settings, sides):
+        size = _command_line_setting("default-max-batch-size") or DEFAULT_MAX_BATCH_SIZE
+        settings["max_batch_size"] = max(int(size), 0)
     for side, specs in sides.items():
-        tensors = {tensor["name"]: tensor for tensor in config[side]}
+        tensors = {tensor["name"]: tensor for tensor in settings[side]}
         if side == "input" or not tensors:
             tensors |= {name: {"name": name} for name in specs if name not in tensors}
-        for name in tensors.keys() & specs.keys():
-            _complete_tensor(f"{side} '{name}'", tensors[name], specs[name], config["max_batch_size"] > 0)
-        config[side] = list(tensors.values())
+        for name, tensor in tensors.items():
+            _complete_tensor(settings, f"{side} '{name}'", tensor, specs[name])
+        settings[side] = list(tensors.values())
+    if settings["max_batch_size"] > 1 and "sequence_batching" not in settings:
+        settings.setdefault("dynamic_batching", {})  # Triton prefers batches of max_batch_size then.
 
 
-def _can_batch(config, sides):
-    """Tell whether the first dimension of every tensor is free, and no dims in the configuration count it."""
-    shapes = [spec.shape for specs in sides.values() for spec in specs.values()]
-    counted = any(
-        tensor["dims"] and tensor["name"] in specs and len(_dims(tensor)) == len(specs[tensor["name"]].shape or ())
+def _can_batch(settings, sides):
+    """Tell whether the first size of every tensor is open, and no dims in the configuration count it."""
+    hints = {
+        len(_dims(tensor)) + 1 == len(specs[tensor["name"]].shape or ())
         for side, specs in sides.items()
-        for tensor in config[side]
-    )
-    return not counted and all(shape and shape[0] is None for shape in shapes)
+        for tensor in settings[side]
+        if tensor.get("dims") and specs[tensor["name"]].shape is not None
+    }
+    if len(hints) > 1:
+        raise _refusal(
+            settings,
+            "model tensor configurations are contradicting each other in terms of whether batching is supported",
+            "autofill for",
+        )
+    shapes = [spec.shape for specs in sides.values() for spec in specs.values()]
+    return hints != {False} and all(shape and shape[0] is None for shape in shapes)
 
 
-def _complete_tensor(title, tensor, spec, batched):
+def _complete_tensor(settings, title, tensor, spec):
     if tensor.get("data_type", "TYPE_INVALID") == "TYPE_INVALID":
-        tensor["data_type"] = _data_type(title, spec)
+        tensor["data_type"] = _data_type(settings, title, spec)
     if not tensor.get("dims"):
         if spec.shape is None:
-            raise pb_utils.TritonModelException(
-                f"{title}: the SavedModel leaves its rank open, so config.pbtxt must give its dims"
+            raise _refusal(
+                settings, f"{title}: the SavedModel leaves its rank open, so config.pbtxt must give its dims"
             )
+        batched = settings["max_batch_size"] > 0
         # Triton has no empty dims: a scalar travels as one element. Reshaped by Triton where the batch leaves it a
         # dimension, by _reader and _writer where it does not.
         tensor["dims"] = _sizes(spec.shape[batched:]) or [1]
-        if batched and len(spec.shape) == 1:
+        if batched and len(spec.shape) == 1 and not tensor.get("allow_ragged_batch"):
             tensor["reshape"] = {"shape": []}
 
 
-def _check(config, model):
-    """Raise TritonModelException, with what is expected and what is given, when the two contradict each other."""
-    batch = [-1] if config["max_batch_size"] > 0 else []
-    for side, specs in (("input", model.inputs), ("output", model.outputs)):
-        names = [tensor["name"] for tensor in config[side]]
-        missing = [name for name in specs if side == "input" and name not in names]
-        if missing or not specs.keys() >= set(names):
-            raise pb_utils.TritonModelException(
-                f"{side}s: the SavedModel expects {_quoted(specs)}, the configuration gives {_quoted(names)}"
+def _check_names(settings, model):
+    """Raise TritonModelException for inputs and outputs that the SavedModel lacks, or that are given twice."""
+    controls, made_here = _control_types(settings), _batch_input_types(settings)
+    for name in controls:
+        if name not in model.inputs:
+            raise _refusal(
+                settings, f"configuration specified sequence control '{name}', but model does not provide that input"
             )
-        for tensor in config[side]:
-            title, spec = f"{side} '{tensor['name']}'", specs[tensor["name"]]
-            expected_type, given_type = _data_type(title, spec), tensor["data_type"]
-            given = batch + _dims(tensor)
-            expected = given if spec.shape is None else _sizes(spec.shape) or [1]
-            fits = len(expected) == len(given) and all(e in (-1, g) for e, g in zip(expected, given, strict=True))
-            if not fits or expected_type != given_type:
-                raise pb_utils.TritonModelException(
-                    f"{title}: the SavedModel expects {expected_type} {expected}, the configuration gives "
-                    f"{given_type} {given}" + (" with the batch as its first dimension" if batch else "")
+    given = [*controls, *made_here, *(tensor["name"] for tensor in settings["input"])]
+    if len(given) > len(model.inputs):
+        raise _refusal(
+            settings,
+            f"configuration expects {len(given)} inputs, model provides {len(model.inputs)}: {_quoted(model.inputs)}",
+        )
+    for side, names, specs in (
+        ("input", given, model.inputs),
+        ("output", [tensor["name"] for tensor in settings["output"]], model.outputs),
+    ):
+        for name in names:
+            if name not in specs:
+                raise _refusal(
+                    settings, f"unexpected inference {side} '{name}', allowed {side}s are: {', '.join(specs)}"
                 )
+            if names.count(name) > 1:
+                raise _refusal(settings, f"{side} '{name}' is given twice")
+
+
+def _check(settings, model):
+    """Raise TritonModelException for a configuration that contradicts the SavedModel, or that would be ignored here."""
+    _check_names(settings, model)
+    _check_settings(settings, model)
+    controls, made_here = _control_types(settings), _batch_input_types(settings)
+    missing = model.inputs.keys() - {*controls, *made_here, *(tensor["name"] for tensor in settings["input"])}
+    if missing:
+        given = len(model.inputs) - len(missing)
+        raise _refusal(
+            settings,
+            f"configuration expects {given} inputs, model provides {len(model.inputs)}: "
+            f"{_quoted(sorted(missing))} is missing",
+        )
+    for name, data_type in controls.items():
+        _check_tensor(settings, "sequence control", name, model.inputs[name], data_type, [1], exact=True)
+    for name, data_type in made_here.items():
+        _check_type(settings, "batch input", name, model.inputs[name], data_type)
+    scattered = {name for output in settings.get("batch_output", []) for name in output["target_name"]}
+    for side, specs in (("input", model.inputs), ("output", model.outputs)):
+        for tensor in settings[side]:
+            name, dims = tensor["name"], _dims(tensor)
+            spec = specs[name]
             if tensor.get("optional"):
-                raise pb_utils.TritonModelException(f"{title}: a SavedModel has no optional inputs")
+                raise _refusal(settings, f"{side} '{name}': a SavedModel has no optional inputs")
+            if tensor.get("allow_ragged_batch"):
+                if spec.shape != (None,):
+                    raise _refusal(
+                        settings,
+                        "configuration expects model provides input with shape [-1] for ragged input "
+                        f"'{name}', model provides {_written(spec.shape)}",
+                    )
+                _check_type(settings, side, name, spec, tensor["data_type"])
+            elif name in scattered:
+                _check_type(settings, side, name, spec, tensor["data_type"])
+            else:
+                _check_tensor(settings, side, name, spec, tensor["data_type"], dims, exact=side == "output")
+
+
+def _check_type(settings, side, name, spec, data_type):
+    expected = _data_type(settings, f"{side} '{name}'", spec)
+    if data_type != expected:
+        raise _refusal(
+            settings, f"configuration expects datatype {data_type} for {side} '{name}', model provides {expected}"
+        )
+
+
+def _check_tensor(settings, side, name, spec, data_type, dims, exact):
+    """Compare a tensor's data type and dims with the signature; `exact` ones do not narrow an open size down."""
+    _check_type(settings, side, name, spec, data_type)
+    if spec.shape is None:
+        return
+    expected, batched = _sizes(spec.shape), settings["max_batch_size"] > 0
+    if batched and expected[:1] != [-1]:
+        raise _refusal(
+            settings,
+            f"tensor '{name}': for the model to support batching the shape should have at least 1 dimension and the "
+            f"first dimension must be -1; but shape expected by the model is {_written(spec.shape)}",
+        )
+    given = [-1, *dims] if batched else dims
+    if not batched and expected == [] and given == [1]:
+        return
+    if len(given) != len(expected) or any(
+        size != wanted and (wanted != -1 or exact) for size, wanted in zip(given, expected, strict=True)
+    ):
+        batch = "an initial batch dimension because max_batch_size > 0 followed by the explicit tensor shape, making complete"
+        raise _refusal(
+            settings,
+            f"tensor '{name}': the model expects {len(expected)} dimensions (shape {_written(spec.shape)}) but the "
+            f"model configuration specifies {len(given)} dimensions ({f'{batch} ' if batched else ''}shape "
+            f"[{','.join(map(str, given))}])",
+        )
+
+
+def _check_settings(settings, model):
+    """Raise TritonModelException for settings that would change the answers and are not honoured here."""
+    if settings.get("optimization", {}).get("execution_accelerators", {}).get("cpu_execution_accelerator"):
+        raise _refusal(settings, "CPU Execution Accelerator is not supported in TensorFlow backend")
+    if settings.get("model_transaction_policy", {}).get("decoupled"):
+        raise _refusal(settings, "model_transaction_policy: decoupled is not supported in TensorFlow backend")
+    if settings.get("sequence_batching", {}).get("state"):
+        raise _refusal(settings, "sequence_batching: state is not supported in TensorFlow backend, but variables are")
+    for tensor in settings.get("batch_input", []):
+        if tensor["kind"] not in BATCH_INPUTS:
+            raise _refusal(settings, f"batch_input: kind {tensor['kind']} is not supported in TensorFlow backend")
+    instances = sum(group.get("count", 1) for group in settings.get("instance_group", []))
+    if _shares_sessions(settings) and instances != 1 and model.keeps_state():
+        raise _refusal(settings, "MAX_SESSION_SHARE_COUNT: instances cannot share the model's state, so give it one")
+
+
+def _warn_of_settings(settings, device):
+    """Log a line for each setting that changes no answer and is not honoured here."""
+    name = settings["name"]
+    if _shares_sessions(settings):
+        pb_utils.Logger.log_warn(f"{name}: MAX_SESSION_SHARE_COUNT is ignored, each instance has a session of its own")
+    accelerators = (
+        settings.get("optimization", {}).get("execution_accelerators", {}).get("gpu_execution_accelerator", [])
+    )
+    ignored = [tensor["name"] for tensor in accelerators if not device or tensor["name"] != MIXED_PRECISION]
+    if ignored:
+        where = "on GPU by this TensorFlow" if device else "for model instance on CPU"
+        pb_utils.Logger.log_warn(f"{name}: GPU Execution Accelerator {_quoted(ignored)} will be ignored {where}")
+
+
+def _gpu_accelerators(settings):
+    accelerators = settings.get("optimization", {}).get("execution_accelerators", {})
+    return [accelerator["name"] for accelerator in accelerators.get("gpu_execution_accelerator", [])]
+
+
+def _shares_sessions(settings):
+    return int(_parameters(settings).get("MAX_SESSION_SHARE_COUNT", 1)) > 1
 
 
 def _dims(tensor):
@@ -206,15 +492,19 @@ def _dims(tensor):
     return tensor["reshape"]["shape"] if "reshape" in tensor else tensor["dims"]
 
 
-def _data_type(title, spec):
+def _data_type(settings, title, spec):
     if spec.dtype not in DATA_TYPES:
-        raise pb_utils.TritonModelException(f"{title}: Triton has no data type for TensorFlow's {spec.dtype}")
+        raise _refusal(settings, f"{title}: Triton has no data type for TensorFlow's {spec.dtype}")
     return DATA_TYPES[spec.dtype]
 
 
 def _sizes(shape):
     """Return a signature's shape as Triton writes it."""
     return [-1 if size is None else size for size in shape]
+
+
+def _written(shape):
+    return "of unknown rank" if shape is None else f"[{','.join(map(str, _sizes(shape)))}]"
 
 
 def _quoted(names):
@@ -245,3 +535,14 @@ def _bfloat16_tensor(name, array):
     import tensorflow as tf
 
     return pb_utils.Tensor.from_dlpack(name, tf.experimental.dlpack.to_dlpack(tf.constant(array, tf.bfloat16)))
+
+
+# The kinds of batch_input, each made of the arrays of its source input, one a request, without their batch's dimension.
+BATCH_INPUTS = {
+    "BATCH_ELEMENT_COUNT": lambda arrays: [array.size for array in arrays],
+    "BATCH_ACCUMULATED_ELEMENT_COUNT": lambda arrays: list(accumulate(array.size for array in arrays)),
+    "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO": lambda arrays: [0, *accumulate(array.size for array in arrays)],
+    "BATCH_MAX_ELEMENT_COUNT_AS_SHAPE": lambda arrays: [0] * max(array.size for array in arrays),
+    "BATCH_ITEM_SHAPE": lambda arrays: [array.shape[1:] for array in arrays for _ in array],
+    "BATCH_ITEM_SHAPE_FLATTEN": lambda arrays: [size for array in arrays for _ in array for size in array.shape[1:]],
+}
