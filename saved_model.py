@@ -155,7 +155,7 @@ class SavedModel:
         """Tell whether a run may change what later runs answer, so that none may be repeated."""
         operations = () if self.twin else _operations(self._path, self._tag, self.signature)
         return any(
-            stateful and name not in HARMLESS and not REPEATABLE.fullmatch(name) for name, _, stateful in operations
+            stateful and name not in HARMLESS and not REPEATABLE.fullmatch(name) for name, stateful in operations
         )
 
     def warm_up(self):
@@ -293,6 +293,8 @@ class _Session:
         init_operations: the names of operations to run once, after those that the SavedModel itself names.
         """
         tf = _import_tensorflow()
+        from tensorflow.core.protobuf.config_pb2 import CallableOptions
+
         if device and "GPU" in device:
             # Without it the first process takes all memory of every GPU, and the next model finds none.
             devices = {"gpu_options": {"allow_growth": True}}
@@ -321,6 +323,7 @@ class _Session:
             logger.setLevel(level)
         self._errors = (TypeError, ValueError, tf.errors.OpError)
         self._session, self._inputs, self._outputs = session, dict(loaded.inputs), dict(loaded.outputs)
+        self._callable_options = CallableOptions
         self._strings = {name for name, info in loaded.outputs.items() if info.dtype == tf.string}
         self._runs = {}
 
@@ -328,8 +331,9 @@ class _Session:
         run = self._runs.get(outputs)
         if run is None:
             fetched = [self._outputs[name].name for name in outputs]
-            # Unlike Session.run(), it leaves it to the graph to judge the shapes of its inputs.
-            run = self._session.make_callable(fetched, [info.name for info in self._inputs.values()])
+            # The public make_callable() takes twice as long, and refuses a shape that the graph would not.
+            options = self._callable_options(feed=[info.name for info in self._inputs.values()], fetch=fetched)
+            run = self._session._make_callable_from_options(options)
             self._runs[outputs] = run
         try:
             values = run(*[inputs[name] for name in self._inputs])
@@ -480,6 +484,7 @@ HARMLESS = {"Placeholder", "PartitionedCall", "StatefulPartitionedCall", "VarHan
 # Others that may be repeated, for they keep nothing that an answer depends on, or are random anyway.
 REPEATABLE = re.compile("Assert|Print.*|CheckNumerics.*|.*Random.*|.*HashTable.*|LookupTableFind.*|Multinomial")
 CONTROL_FLOW = re.compile("(Stateless)?(If|While|Case)|For|Switch|Merge|Enter")
+NUMBERS = re.compile("bool|u?int(8|16|32|64)|float(16|32|64)")
 # Kinds of examples to compare on, and by what random ones are multiplied for them.
 KINDS = {"random": 1, "zero": 0, "negative": -1, "large": 1e6, "NaN": np.nan, "infinite": np.inf}
 
@@ -498,13 +503,14 @@ def add_twin(path):
     shapes = [spec.shape for spec in (*model.inputs.values(), *model.outputs.values())]
     if any(shape is None or None in shape[1:] for shape in shapes):
         raise ModelError(f"{refused}: more than the first size of a tensor is open")
-    for name, has_strings, is_stateful in _operations(path, TAG, SIGNATURE):
+    for name, spec in {**model.inputs, **model.outputs}.items():
+        if not NUMBERS.fullmatch(spec.dtype):
+            raise ModelError(f"{refused}: its {name} is {spec.dtype}, which LiteRT and NumPy do not share")
+    for name, is_stateful in _operations(path, TAG, SIGNATURE):
         if is_stateful and name not in HARMLESS:
             raise ModelError(f"{refused}: its {name} checks, keeps, prints or draws something")
         if CONTROL_FLOW.fullmatch(name):
             raise ModelError(f"{refused}: its {name} is control flow")
-        if has_strings and name != "Const":  # What the constant is for stands first.
-            raise ModelError(f"{refused}: its {name} handles strings")
     try:
         content = tf.lite.TFLiteConverter.from_saved_model(_plain(path), signature_keys=[SIGNATURE]).convert()
     except (ConverterError, RuntimeError, ValueError) as error:
@@ -523,11 +529,8 @@ def add_twin(path):
         unfinished.replace(path / DIGESTS)
 
 
-STRING = DTYPES.split().index("string")
-
-
 def _operations(path, tag, signature):
-    """Yield (name, whether it handles strings, whether it is stateful) of each operation behind a signature."""
+    """Yield the name of each operation behind a signature's outputs, and whether TensorFlow calls it stateful."""
     graph = _read_graph(path, tag)
     known = [_parse(operation) for listed in _parse(graph[1][0])[2] for operation in _parse(listed)[1]]
     stateful = {_text(operation[1][0]): any(operation[17]) for operation in known}
@@ -545,12 +548,12 @@ def _operations(path, tag, signature):
             names += map(_text, node[3])
     for node in behind:  # It grows on the way, by the functions that it calls.
         name = _text(node[2][0])
+        yield name, stateful.get(name, True)
         values = _entries(node[5]).values()
-        lists = [_parse(part) for value in values for part in value[1]]
-        types = {number for value in values for number in value[6]} | {n for part in lists for n in b"".join(part[6])}
-        yield name, STRING in types, stateful.get(name, True)
-        for function in [*(f for value in values for f in value[10]), *(f for part in lists for f in part[9])]:
-            behind += map(_parse, functions.pop(_text(_parse(function)[1][0]), ()))
+        calls = [call for value in values for call in value[10]]
+        calls += [call for value in values for many in value[1] for call in _parse(many)[9]]
+        for call in calls:
+            behind += map(_parse, functions.pop(_text(_parse(call)[1][0]), ()))
 
 
 def _compare(model, twin, refused):

