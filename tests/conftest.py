@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from tritonclient import grpc, http
+from tritonclient.utils import np_to_triton_dtype
 
 from mnist_preprocess import HOST, MODEL_NAME, MODEL_REPOSITORY, ROOT
 
@@ -87,6 +89,24 @@ def is_ready(server):
             return client.is_server_ready()
     except OSError:
         return False
+
+
+def ask(server, model, inputs, protocol="grpc", outputs=(), **options):
+    """Run the model on {name: array} and return its outputs by name, of which `outputs` may be a selection.
+
+    protocol: "grpc", "http", or "json", which is HTTP with the numbers in JSON. The client takes the options.
+    """
+    module, binary = (grpc, {}) if protocol == "grpc" else (http, {"binary_data": protocol == "http"})
+    tensors = [
+        module.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)).set_data_from_numpy(array, **binary)
+        for name, array in inputs.items()
+    ]
+    requested = [module.InferRequestedOutput(name, **binary) for name in outputs]
+    with server.grpc if module is grpc else server.http as client:
+        result = client.infer(model, tensors, outputs=requested or None, **options)
+    response = result.get_response()
+    names = [tensor.name for tensor in response.outputs] if module is grpc else [t["name"] for t in response["outputs"]]
+    return {name: result.as_numpy(name) for name in names}
 
 
 def stop_triton(server):
@@ -192,13 +212,21 @@ def trained_repository(keras_model, mnist_test, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def triton_repository(trained_repository, tmp_path_factory):
+def saved_models(tmp_path_factory):
+    """A model repository with the small SavedModels of saved_models.py, none of which has a configuration."""
+    repository = tmp_path_factory.mktemp("saved_models")
+    command = [sys.executable, "-m", "tests.saved_models", repository]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return repository
+
+
+@pytest.fixture(scope="session")
+def triton_repository(trained_repository, saved_models, tmp_path_factory):
     """The trained model and, beside it, the small SavedModels of saved_models.py; Triton serves both."""
     repository = tmp_path_factory.mktemp("served")
     shutil.copytree(trained_repository / MODEL_NAME, repository / MODEL_NAME)
-    command = [sys.executable, ROOT / "tests" / "saved_models.py", repository]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    shutil.copytree(saved_models, repository, copy_function=os.link, dirs_exist_ok=True)
     return repository
 
 
@@ -211,3 +239,59 @@ def triton(triton_repository, tmp_path_factory):
     yield server
     status = stop_triton(server)
     assert status == 0, log.read_text()
+
+
+class ModelServer(Triton):
+    """A Triton that has nothing to serve until a test gives it something, under a name of the test's own."""
+
+    def add(self, name, saved_model, config=None):
+        """Put this one of `saved_models` into the repository, with this config.pbtxt or none; return its directory."""
+        model = self.repository / name
+        shutil.copytree(self.saved_models / saved_model, model, copy_function=os.link)
+        if config is not None:
+            (model / "config.pbtxt").write_text(config)
+        return model
+
+    def load(self, name, saved_model=None, config=None):
+        """Load the model, added first where a SavedModel is given; return its completed configuration."""
+        if saved_model:
+            self.add(name, saved_model, config)
+        with self.http as client:
+            client.load_model(name)
+            return client.get_model_config(name)
+
+
+@contextmanager
+def model_server(saved_models, folder, *options):
+    """Start a ModelServer with these options of tritonserver; it stops at the end, which must go well."""
+    repository = folder / "models"
+    repository.mkdir()
+    options = (f"--model-repository={repository}", "--model-control-mode=explicit", *options)
+    server = ModelServer(**vars(start_triton(folder / "triton.log", *options)))
+    server.saved_models, server.repository = saved_models, repository
+    try:
+        yield server
+    finally:
+        status = stop_triton(server)
+    assert status == 0, server.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def models(saved_models, tmp_path_factory):
+    """The ModelServer that the tests share."""
+    with model_server(saved_models, tmp_path_factory.mktemp("models")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def served(request, models):
+    """Load what the module lists in SERVED, {name: (SavedModel, config.pbtxt)}, several at a time, until it ends.
+
+    A model's entry is the Future of its completed configuration.
+    """
+    with ThreadPoolExecutor(3) as pool:
+        loading = {name: pool.submit(models.load, name, *model) for name, model in request.module.SERVED.items()}
+    yield loading
+    with models.http as client:
+        for name in loading:
+            client.unload_model(name)
