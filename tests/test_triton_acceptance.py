@@ -1,19 +1,23 @@
-"""What the drop-in TensorFlow backend answers, compared with what NVIDIA's backend answered, through the real server."""
+"""What the drop-in TensorFlow backend answers through the real server: what NVIDIA's backend answered, or an error."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ask
+from conftest import ask, stub
 from saved_models import ADD_SUB_DTYPES, LARGE
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
+# Triton gives a TensorFlow model without a GPU two.
+ONE_INSTANCE = "instance_group { count: 1 } "
 PROTOCOLS = ("http", "json", "grpc")
 TRITON_TYPES = {"string": "STRING", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 ADD_SUB = """
 platform: "tensorflow_savedmodel"
 max_batch_size: {max_batch_size}
+instance_group {{ count: 1 }}
 version_policy: {{ {policy} }}
 input [ {{ name: "INPUT0" data_type: TYPE_{0} dims: [ 16 ] }}, {{ name: "INPUT1" data_type: TYPE_{0} dims: [ 16 ] }} ]
 output [
@@ -24,6 +28,7 @@ output [
 RESHAPE = """
 platform: "tensorflow_savedmodel"
 max_batch_size: 8
+instance_group { count: 1 }
 input [
   { name: "INPUT0" data_type: TYPE_FP32 dims: [ 8 ] reshape: { shape: [ 4, 1, 2 ] } },
   { name: "INPUT1" data_type: TYPE_FP32 dims: [ 1 ] reshape: { shape: [ ] } }
@@ -36,11 +41,15 @@ output [
 ANY_RANK = """
 input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] }
 output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] }
+instance_group { count: 1 }
 """
 # Long enough for the requests of several clients to become one batch on a busy machine.
-WAITING = "max_batch_size: 8 dynamic_batching { preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 2000000 }"
+WAITING = ONE_INSTANCE + (
+    "max_batch_size: 8 dynamic_batching { preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 2000000 }"
+)
 RAGGED = """
 max_batch_size: 8
+instance_group { count: 1 }
 input { name: "RAGGED" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }
 output [
   { name: "RAGGED_OUT" data_type: TYPE_FP32 dims: [ -1 ] },
@@ -69,7 +78,8 @@ def dtype_name(dtype):
 
 
 ADD_SUB_MODELS = {
-    "savedmodel_" + "_".join(dtype.name for dtype in dtypes): tuple(map(dtype_name, dtypes)) for dtypes in ADD_SUB_DTYPES
+    "savedmodel_" + "_".join(dtype.name for dtype in dtypes): tuple(map(dtype_name, dtypes))
+    for dtypes in ADD_SUB_DTYPES
 }
 INT32 = 3 * ["INT32"]
 SERVED = {
@@ -79,27 +89,25 @@ SERVED = {
     "savedmodel_nobatch_int32_int32_int32": ("add_sub_nobatch", add_sub_config(*INT32, max_batch_size=0)),
     "savedmodel_float32_float32_float32": (
         "add_sub_versions",
-        add_sub_config(
-            *3 * ["FP32"], policy="specific { versions: [ 1, 3 ] }", labels='label_filename: "labels.txt"'
-        ),
+        add_sub_config(*3 * ["FP32"], policy="specific { versions: [ 1, 3 ] }", labels='label_filename: "labels.txt"'),
     ),
     "no_shape": ("no_shape", add_sub_config(*INT32)),
     "no_shape_nobatch": ("no_shape_nobatch", add_sub_config(*INT32, max_batch_size=0)),
-    "savedmodel_zero_3_float32": ("zero", "max_batch_size: 8"),
-    "savedmodel_zero_3_object": ("zero_strings", "max_batch_size: 8"),
+    "savedmodel_zero_3_float32": ("zero", ONE_INSTANCE + "max_batch_size: 8"),
+    "savedmodel_zero_3_object": ("zero_strings", ONE_INSTANCE + "max_batch_size: 8"),
     "savedmodel_nobatch_zero_1_float16": (
         "zero_nobatch",
-        'input { name: "INPUT0" data_type: TYPE_FP16 dims: [ -1, -1 ] }',
+        ONE_INSTANCE + 'input { name: "INPUT0" data_type: TYPE_FP16 dims: [ -1, -1 ] }',
     ),
     "savedmodel_reshape": ("reshape", RESHAPE),
     "unknown_rank": ("any_rank", ANY_RANK),
     "repeat": ("repeat", WAITING),
     "square_root": ("square_root", WAITING),
-    "counter": ("counter", "instance_group { count: 1 }"),
-    "corners": ("corners", None),
+    "counter": ("counter", ONE_INSTANCE),
+    "corners": ("corners", ONE_INSTANCE),
     "ragged": ("ragged", RAGGED),
-    "large": ("large", "max_batch_size: 32 instance_group { count: 1 }"),
-    "small": ("double_lite", "max_batch_size: 32 instance_group { count: 1 }"),
+    "large": ("large", ONE_INSTANCE + "max_batch_size: 32"),
+    "small": ("double_lite", ONE_INSTANCE + "max_batch_size: 32"),
 }
 
 
@@ -189,7 +197,10 @@ def test_versions_of_the_policy_are_served(models):
 
 def test_labels(models):
     name = "savedmodel_float32_float32_float32"
-    requested = [grpc.InferRequestedOutput("OUTPUT1", class_count=2), grpc.InferRequestedOutput("OUTPUT0", class_count=2)]
+    requested = [
+        grpc.InferRequestedOutput("OUTPUT1", class_count=2),
+        grpc.InferRequestedOutput("OUTPUT0", class_count=2),
+    ]
     tensors = [
         grpc.InferInput(name, [1, 16], "FP32").set_data_from_numpy(numbers("FP32", 1, 16))
         for name in ("INPUT0", "INPUT1")
@@ -298,9 +309,7 @@ def test_not_a_number_and_infinities_are_answered_as_tensorflow_does(models, sav
 
 def test_ragged_requests_are_one_flat_tensor_with_its_batch_inputs(models):
     lengths = (2, 4, 1)
-    answers = together(
-        models, "ragged", [{"RAGGED": np.full((1, length), length, np.float32)} for length in lengths]
-    )
+    answers = together(models, "ragged", [{"RAGGED": np.full((1, length), length, np.float32)} for length in lengths])
     # The requests come in any order, the same for every tensor.
     sizes = answers[0]["SIZES_OUT"][0].astype(int)
     assert sorted(sizes) == sorted(lengths)
@@ -316,11 +325,9 @@ def test_twin_keeps_its_weights_once_whatever_batches_come(models):
         assert ask(models, "large", {"x": batch})["y"].shape == batch.shape
         ask(models, "small", {"x": np.zeros((rows, 2), np.float32)})
     weights = 4 * LARGE**2
-    assert stub_memory(models, "large") - stub_memory(models, "small") <= 2.5 * weights
+    assert stub_memory("large") - stub_memory("small") <= 2.5 * weights
 
 
-def stub_memory(models, name):
-    """Return the bytes of memory that the process of the model's one instance uses."""
-    for process in Path("/proc").glob("[0-9]*"):
-        arguments = (process / "cmdline").read_bytes().split(b"\0")
-        print(process, arguments)
+def stub_memory(name):
+    """Return the resident bytes of the process that runs instance 0 of the model."""
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", (stub(name) / "status").read_text())[1])

@@ -1,0 +1,320 @@
+"""How the drop-in TensorFlow backend completes a configuration, and what it honours, refuses and warns of in one."""
+
+import itertools
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ask, is_ready, model_server, stub
+from tritonclient.utils import InferenceServerException
+
+from saved_model import SAVED_MODEL
+
+ONE_INSTANCE = "instance_group { count: 1 } "
+IO = """
+input [ {{ name: "INPUT0" data_type: TYPE_INT32 dims: [ {0} ] }}, {{ name: "INPUT1" data_type: TYPE_INT32 dims: [ {0} ] }} ]
+output [ {{ name: "OUTPUT0" data_type: TYPE_INT32 dims: [ {0} ] }}, {{ name: "OUTPUT1" data_type: TYPE_INT32 dims: [ {0} ] }} ]
+"""
+OUTPUT1 = '{ name: "OUTPUT1" data_type: TYPE_INT32 dims: [ 16 ] }'
+FULL = "max_batch_size: 8" + IO.format(16)
+PARAMETER = ' parameters {{ key: "{}" value {{ string_value: "{}" }} }}'
+GRAPH = 'max_batch_size: 0 input { name: "INPUT" dims: [ 16 ] data_type: TYPE_FP32 } ' + ONE_INSTANCE
+SERVED = {
+    f"sig_tag{number}": (
+        "tags",
+        GRAPH + PARAMETER.format("TF_GRAPH_TAG", tag) + PARAMETER.format("TF_SIGNATURE_DEF", key),
+    )
+    for number, (tag, key) in enumerate(itertools.product(("serve", "test"), ("serving_default", "other")))
+} | {
+    "default_graph": ("tags", ONE_INSTANCE),
+    "one_signature": ("one_signature", ONE_INSTANCE),
+    "named_signature": ("one_signature", ONE_INSTANCE + PARAMETER.format("TF_SIGNATURE_DEF", "predict")),
+    "one_thread": (
+        "add_sub_versions",
+        ONE_INSTANCE
+        + PARAMETER.format("TF_NUM_INTRA_THREADS", "1")
+        + PARAMETER.format("TF_USE_PER_SESSION_THREADS", "1"),
+    ),
+    "many_threads": (
+        "add_sub_versions",
+        ONE_INSTANCE
+        + PARAMETER.format("TF_NUM_INTRA_THREADS", "11")
+        + PARAMETER.format("TF_USE_PER_SESSION_THREADS", "yes"),
+    ),
+    "xla": ("square_root", ONE_INSTANCE + "optimization { graph { level: 1 } }"),
+    "numbers": ("reshape", ONE_INSTANCE),
+}
+numbered = itertools.count()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _(served):
+    """Load the models of the table."""
+
+
+@pytest.fixture
+def load(models):
+    """Load a SavedModel under a new name with this config.pbtxt, or none, until the test ends; returns its configuration."""
+    name = f"configured_{next(numbered)}"
+    yield lambda saved_model, config: models.load(name, saved_model, config)
+    with models.http as client:
+        client.unload_model(name)
+
+
+def test_every_model_of_the_table_loads(served):
+    assert {name: loading.exception() for name, loading in served.items() if loading.exception()} == {}
+
+
+def tensors(side):
+    return {tensor["name"]: (tensor["data_type"], tensor["dims"]) for tensor in side}
+
+
+COMPLETE = {"INPUT0": ("TYPE_INT32", [16]), "INPUT1": ("TYPE_INT32", [16])}
+COMPLETE_OUTPUTS = {name.replace("IN", "OUT"): value for name, value in COMPLETE.items()}
+NO_BATCH = {"INPUT0": ("TYPE_INT32", [-1, 16]), "INPUT1": ("TYPE_INT32", [-1, 16])}
+NO_BATCH_OUTPUTS = {name.replace("IN", "OUT"): value for name, value in NO_BATCH.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "max_batch_size", "inputs", "outputs"),
+    [
+        (None, 4, COMPLETE, COMPLETE_OUTPUTS),
+        ("", 4, COMPLETE, COMPLETE_OUTPUTS),
+        ('platform: "tensorflow_savedmodel"', 4, COMPLETE, COMPLETE_OUTPUTS),
+        ('backend: "tensorflow"', 4, COMPLETE, COMPLETE_OUTPUTS),
+        ("max_batch_size: 1", 1, COMPLETE, COMPLETE_OUTPUTS),
+        ("max_batch_size: 13", 13, COMPLETE, COMPLETE_OUTPUTS),
+        (
+            'input [ { name: "INPUT0" data_type: TYPE_INT32 }, { name: "INPUT1" dims: [ 16 ] } ]',
+            4,
+            COMPLETE,
+            COMPLETE_OUTPUTS,
+        ),
+        (
+            'output [ { name: "OUTPUT0" data_type: TYPE_INT32 }, { name: "OUTPUT1" dims: [ 16 ] } ]',
+            4,
+            COMPLETE,
+            COMPLETE_OUTPUTS,
+        ),
+        ('output { name: "OUTPUT1" }', 4, COMPLETE, {"OUTPUT1": ("TYPE_INT32", [16])}),
+        (
+            FULL.replace(', { name: "INPUT1" data_type: TYPE_INT32 dims: [ 16 ] }', ""),
+            8,
+            COMPLETE,
+            COMPLETE_OUTPUTS,
+        ),
+        ('input { name: "INPUT1" dims: [ -1, 16 ] }', 0, NO_BATCH, NO_BATCH_OUTPUTS),
+        ('output [ { name: "OUTPUT1" dims: [ -1, 16 ] }, { name: "OUTPUT0" } ]', 0, NO_BATCH, NO_BATCH_OUTPUTS),
+        (IO.format("-1, 16"), 0, NO_BATCH, NO_BATCH_OUTPUTS),
+        (IO.format(16), 4, COMPLETE, COMPLETE_OUTPUTS),
+        (FULL, 8, COMPLETE, COMPLETE_OUTPUTS),
+    ],
+)
+def test_what_a_configuration_leaves_out_comes_from_the_signature(load, config, max_batch_size, inputs, outputs):
+    completed = load("add_sub_lite", config)
+    assert completed["max_batch_size"] == max_batch_size
+    assert tensors(completed["input"]) == inputs
+    assert tensors(completed["output"]) == outputs
+    assert ("dynamic_batching" in completed) == (max_batch_size > 1)
+    assert (completed["platform"], completed["backend"]) == ("tensorflow_savedmodel", "tensorflow")
+
+
+def test_numbers_without_a_dimension_of_their_own_are_reshaped(served):
+    completed = served["numbers"].result()
+    assert [(tensor["dims"], tensor.get("reshape")) for tensor in completed["input"]] == [
+        ([4, 1, 2], None),
+        ([1], {"shape": []}),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["KIND_CPU", "KIND_MODEL"])
+def test_each_instance_says_what_runs_it(models, load, kind):
+    completed = load("add_sub_lite", f"instance_group [ {{ count: 3 kind: {kind} }} ]")
+    assert [(group["kind"], group["count"]) for group in completed["instance_group"]] == [(kind, 3)]
+    lines = re.findall(rf"{completed['name']}_0_(\d): run by LiteRT on the CPU", models.log.read_text())
+    assert sorted(lines) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("number", "factor"), enumerate([1, 2, 3, 4]))
+def test_tag_and_signature_choose_the_graph(models, number, factor):
+    answer = ask(models, f"sig_tag{number}", {"INPUT": np.arange(16, dtype=np.float32)})["OUTPUT"]
+    assert answer.tolist() == [factor * value for value in range(16)]
+
+
+def test_without_a_word_it_is_the_default_graph(models):
+    assert ask(models, "default_graph", {"INPUT": np.ones(16, np.float32)})["OUTPUT"].tolist() == [1] * 16
+
+
+@pytest.mark.parametrize("name", ["one_signature", "named_signature"])
+def test_the_one_signature_serves_whatever_its_name(models, name):
+    assert ask(models, name, {"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[2, 2]]
+
+
+def refusal(load, saved_model, config):
+    """Return the sentence with which the backend refuses to load the model, without where in the code it arose."""
+    with pytest.raises(InferenceServerException) as error:
+        load(saved_model, config)
+    return error.value.message().partition("\n\nAt:")[0]
+
+
+@pytest.mark.parametrize(
+    ("saved_model", "parameters", "named"),
+    [
+        ("tags", {"TF_GRAPH_TAG": "absent"}, ["'absent'", "'serve'", "'test'"]),
+        ("tags", {"TF_SIGNATURE_DEF": "absent"}, ["'absent'", "'other'", "'serving_default'"]),
+        ("tags", {"TF_GRAPH_TAG": "test", "TF_SIGNATURE_DEF": "absent"}, ["'absent'", "'other'", "'serving_default'"]),
+        ("one_signature", {"TF_SIGNATURE_DEF": "serving_default"}, ["'serving_default'", "'predict'"]),
+        ("no_signature", {}, ["'serving_default'"]),
+    ],
+)
+def test_absent_graphs_are_refused_with_those_there_are(load, saved_model, parameters, named):
+    sentence = refusal(load, saved_model, "".join(itertools.starmap(PARAMETER.format, parameters.items())))
+    assert [word for word in named if word not in sentence] == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("dims: [ 16 ]", "dims: [ 16, 1 ]", ["'INPUT0'", "[-1,16]", "[-1,16,1]"]),
+        ('"INPUT1" data_type: TYPE_INT32', '"INPUT1" data_type: TYPE_FP32', ["'INPUT1'", "TYPE_FP32", "TYPE_INT32"]),
+        (OUTPUT1, OUTPUT1.replace("16", "1"), ["'OUTPUT1'", "[-1,16]", "[-1,1]"]),
+        (OUTPUT1, OUTPUT1.replace("16", "-1"), ["'OUTPUT1'", "[-1,16]", "[-1,-1]"]),
+        (OUTPUT1, OUTPUT1.replace("INT32", "INT8"), ["'OUTPUT1'", "TYPE_INT8", "TYPE_INT32"]),
+        ('"INPUT1"', '"UNKNOWN"', ["'UNKNOWN'", "INPUT0", "INPUT1"]),
+        ('"OUTPUT1"', '"UNKNOWN"', ["'UNKNOWN'", "OUTPUT0", "OUTPUT1"]),
+        ("input [", 'input [ { name: "INPUT1" data_type: TYPE_INT32 dims: [ 16 ] },', ["3 inputs", "provides 2"]),
+        ("input [", 'input [ { name: "INPUT2" data_type: TYPE_INT32 dims: [ 16 ] },', ["3 inputs", "provides 2"]),
+        ("output [", f"output [ {OUTPUT1},", ["'OUTPUT1'", "twice"]),
+        ('"INPUT1"', '"INPUT1" optional: true', ["'INPUT1'", "optional"]),
+    ],
+)
+def test_contradictions_of_the_signature_are_refused(load, old, new, named):
+    assert old in FULL
+    sentence = refusal(load, "add_sub_lite", FULL.replace(old, new))
+    assert [word for word in named if word not in sentence] == []
+
+
+@pytest.mark.parametrize(
+    ("saved_model", "config", "named"),
+    [
+        ("add_sub_nobatch", FULL, ["batch"]),
+        ("add_sub_nobatch", "max_batch_size: 8", ["max-batch 8", "batch"]),
+        (
+            "add_sub_lite",
+            'input [ { name: "INPUT0" dims: [ 16 ] }, { name: "INPUT1" dims: [ -1, 16 ] } ]',
+            ["contradicting"],
+        ),
+        ("scale", None, ["'factor'", "rank", "dims"]),
+        ("any_rank", None, ["'x'", "rank", "dims"]),
+        ("complex", None, ["'x'", "complex64"]),
+        ("graphdef", 'platform: "tensorflow_graphdef"', ["GraphDef"]),
+        ("graphdef", None, ["GraphDef"]),
+    ],
+)
+def test_models_that_cannot_be_served_so_are_refused(load, saved_model, config, named):
+    sentence = refusal(load, saved_model, config)
+    assert [word for word in named if word not in sentence] == []
+
+
+ACCELERATORS = 'optimization { execution_accelerators { %s_execution_accelerator [ { name: "%s" } ] } }'
+REFUSED = {
+    ACCELERATORS % ("cpu", "openvino"): "CPU Execution Accelerator",
+    "model_transaction_policy { decoupled: true }": "decoupled",
+    PARAMETER.format("TF_NUM_INTRA_THREADS", "-1"): "TF_NUM_INTRA_THREADS",
+    PARAMETER.format("TF_NUM_INTRA_THREADS", "many"): "TF_NUM_INTRA_THREADS",
+    PARAMETER.format("TF_NUM_INTER_THREADS", "-1"): "TF_NUM_INTER_THREADS",
+    PARAMETER.format("TF_USE_PER_SESSION_THREADS", "perhaps"): "TF_USE_PER_SESSION_THREADS",
+    PARAMETER.format("MAX_SESSION_SHARE_COUNT", "0"): "MAX_SESSION_SHARE_COUNT",
+    PARAMETER.format("TF_INIT_OPS_FILE", "init_ops.json"): "TF_INIT_OPS_FILE",
+    'model_operations { op_library_filename: [ "/absent/operations.so" ] }': "/absent/operations.so",
+    'output { name: "y" data_type: TYPE_FP32 dims: [ 2 ] } batch_output { kind: BATCH_SCATTER_WITH_INPUT_SHAPE target_name: "y" source_input: "x" }': "batch_output",
+    'sequence_batching { state [ { input_name: "x" output_name: "y" data_type: TYPE_FP32 dims: [ 2 ] } ] }': "state",
+}
+WARNED = {
+    ACCELERATORS % ("gpu", "tensorrt"): "gpu_execution_accelerator|GPU Execution Accelerator",
+    ACCELERATORS % ("gpu", "auto_mixed_precision"): "gpu_execution_accelerator|GPU Execution Accelerator",
+    PARAMETER.format("MAX_SESSION_SHARE_COUNT", "2"): "MAX_SESSION_SHARE_COUNT",
+}
+
+
+@pytest.mark.parametrize(("setting", "named"), REFUSED.items(), ids=REFUSED.values())
+def test_settings_that_would_change_answers_are_refused(load, setting, named):
+    assert named in refusal(load, "double_lite", "max_batch_size: 8" + setting)
+
+
+@pytest.mark.parametrize(("setting", "named"), WARNED.items(), ids=WARNED.values())
+def test_settings_that_change_no_answers_are_warned_of(models, load, setting, named):
+    name = load("double_lite", "max_batch_size: 8" + setting)["name"]
+    assert ask(models, name, {"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[2, 2]]
+    warnings = [line for line in models.log.read_text().splitlines() if line.startswith("W") and name in line]
+    assert [line for line in warnings if re.search(named, line)]
+
+
+def threads(name):
+    """Return how many threads the process has that runs instance 0 of the model."""
+    return len(list((stub(name) / "task").iterdir()))
+
+
+def test_numbers_of_threads_are_honoured(models):
+    inputs = {"INPUT0": np.ones((1, 16), np.float32), "INPUT1": np.ones((1, 16), np.float32)}
+    for name in ("one_thread", "many_threads"):
+        assert ask(models, name, inputs)["OUTPUT0"].tolist() == [[0] * 16]
+    assert threads("many_threads") - threads("one_thread") >= 10
+
+
+def test_graph_level_runs_the_compiler(models):
+    assert ask(models, "xla", {"x": np.array([[4, 9]], np.float32)})["y"].tolist() == [[2, 3]]
+
+
+def test_file_of_the_model_may_have_another_name(models):
+    model = models.add("other_name", "double_lite", 'default_model_filename: "other.savedmodel"')
+    (model / "1" / SAVED_MODEL).rename(model / "1" / "other.savedmodel")
+    assert models.load("other_name")["default_model_filename"] == "other.savedmodel"
+    assert ask(models, "other_name", {"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[2, 2]]
+
+
+def break_model(directory, how):
+    """Damage the SavedModel in this directory, as an interrupted copy would."""
+    if how == "no variables":
+        shutil.rmtree(directory / "variables")
+    elif how == "no data":
+        next((directory / "variables").glob("variables.data-*")).unlink()
+    else:
+        content = (directory / "saved_model.pb").read_bytes()
+        (directory / "saved_model.pb").unlink()
+        if how == "half a graph":
+            (directory / "saved_model.pb").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("no variables", "variables"),
+        ("no data", "variables"),
+        ("half a graph", "saved_model.pb"),
+        ("no graph", "saved_model.pb"),
+    ],
+)
+def test_broken_copies_are_told_so_and_leave_the_server_alone(models, how, named):
+    name = f"broken {how}".replace(" ", "_")
+    model = models.add(name, "counter", "instance_group { count: 2 }")
+    break_model(model / "1" / SAVED_MODEL, how)
+    sentences = {refusal(lambda *_: models.load(name), None, None) for _ in range(3)}
+    assert all(named in sentence for sentence in sentences)
+    assert models.process.poll() is None
+    assert is_ready(models)
+
+
+@pytest.mark.parametrize(
+    ("options", "max_batch_size"),
+    [
+        (["--backend-config=default-max-batch-size=7"], 7),
+        (["--backend-config=tensorflow,default-max-batch-size=9", "--backend-config=default-max-batch-size=7"], 9),
+        (["--backend-config=tensorflow,default-max-batch-size=0"], 0),
+    ],
+)
+def test_default_of_the_command_line_counts(saved_models, tmp_path, options, max_batch_size):
+    with model_server(saved_models, tmp_path, *options) as server:
+        assert server.load("double", "double_lite")["max_batch_size"] == max_batch_size
+        assert server.load("own", "double_lite", "max_batch_size: 3")["max_batch_size"] == 3
