@@ -398,8 +398,8 @@ def _check(settings, model):
         if data_type != expected:
             raise _refusal(
                 settings,
-                f"sequence control '{name}': the model expects {expected} but the model configuration specifies data-type "
-                f"{data_type}",
+                f"sequence control '{name}': the model expects {expected} but the model configuration specifies "
+                f"data-type {data_type}",
             )
         _check_tensor(settings, "sequence control", name, spec, data_type, [1], exact=True)
     for name, data_type in made_here.items():
