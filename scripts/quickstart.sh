@@ -28,29 +28,35 @@ for port in 5000 8000 8001 8002; do
   ! answers "$port" || die "port $port is taken: stop what listens on it, then try again"
 done
 
-scripts/setup.sh
-PATH="$PWD/.venv/bin:$PATH"
-export VIRTUAL_ENV="$PWD/.venv"
-
 logs="$(mktemp -d)"
-pids=()
+set -m # Each program in the background gets a process group, so that all of it can be stopped.
 stop() {
-  trap - EXIT
-  ((${#pids[@]} == 0)) || { kill "${pids[@]}" && wait "${pids[@]}"; } 2>/dev/null || true
+  trap '' INT TERM HUP
+  for group in $(jobs -p); do
+    kill -TERM -- "-$group" || true
+  done 2>/dev/null
+  wait
   rm -rf "$logs"
 }
 trap stop EXIT
-trap 'exit 130' INT TERM
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
-# start NAME COMMAND …: run a server in the background, its output in a file; ready NAME PORT waits for its port.
+# run COMMAND …: in the background, since bash heeds no signal while it waits for one in the foreground.
+# start NAME COMMAND …: a server, its output in a file, stopped by the kernel should this script be killed.
+# ready NAME PORT PROCESS: wait until the server listens.
+run() {
+  "$@" &
+  wait $!
+}
 start() {
-  "${@:2}" >"$logs/$1" 2>&1 &
-  pids+=($!)
+  setpriv --pdeathsig=TERM "${@:2}" >"$logs/$1" 2>&1 &
 }
 ready() {
   for ((tenths = 0; tenths < 1200; tenths++)); do
-    kill -0 "${pids[-1]}" 2>/dev/null || break
     ! answers "$2" || return 0
+    kill -0 "$3" 2>/dev/null || break
     sleep 0.1
   done
   tail -n 20 "$logs/$1" >&2
@@ -58,14 +64,23 @@ ready() {
 }
 show() {
   echo "\$ $*"
-  "$@"
+  run "$@"
 }
 
+run scripts/setup.sh
+PATH="$PWD/.venv/bin:$PATH"
+export VIRTUAL_ENV="$PWD/.venv"
+export no_proxy="127.0.0.1,${no_proxy:-${NO_PROXY:-}}" # Proxies know no server of this machine.
+run scripts/triton_local.sh --download
 compgen -G "model_repository/mnist_model/[1-9]*" >/dev/null || show python train.py
+
+echo "Starting Triton and Flask …" >&2
 start Triton scripts/triton_local.sh
-ready Triton 8000
+triton=$!
 start Flask python flask/server.py
-ready Flask 5000
+flask=$!
+ready Triton 8000 "$triton"
+ready Flask 5000 "$flask"
 
 echo
 if command -v curl >/dev/null; then
@@ -78,7 +93,7 @@ show python triton-infer.py
 
 if [[ -n "$serve" ]]; then
   echo
-  echo "Flask listens on http://127.0.0.1:5000, Triton on 127.0.0.1:8000 (HTTP) and 8001 (gRPC), until Ctrl-C."
-  wait -n "${pids[@]}" || true
+  echo "Open http://127.0.0.1:5000 in a browser; Triton listens on 127.0.0.1:8000 (HTTP) and 8001 (gRPC). Ctrl-C ends both."
+  wait -n || true
   die "a server stopped"
 fi

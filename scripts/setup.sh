@@ -4,7 +4,8 @@
 #   scripts/setup.sh [REQUIREMENTS]
 #
 # REQUIREMENTS  requirements.txt unless given, or tests/requirements.txt
-# PYTHON        the Python 3.10 to 3.12 to use; without it the first one found on PATH
+# PYTHON        the Python 3.10 to 3.12 to use; without it the first one on PATH that has its shared library, which
+#               Triton needs; where there is none, uv fetches Python 3.12 into .uv
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" ]]; then
@@ -15,28 +16,71 @@ die() {
   echo "setup.sh: $*" >&2
   exit 1
 }
+trap 'die "stopped; run it again to go on"' INT
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements="${1:-requirements.txt}"
 [[ -f "$requirements" ]] || die "there is no file $requirements: give requirements.txt or tests/requirements.txt"
 
-is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+# A supported Python with its shared library, and an environment that has pip and has not been moved.
+is_usable() { "$1" scripts/triton/local.py --check-python >/dev/null 2>&1; }
+is_environment() {
+  is_usable .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 &&
+    bash -c 'source .venv/bin/activate && [[ "$VIRTUAL_ENV" -ef .venv ]]'
+}
 
 # A whole environment holds a copy of the requirements that were installed: what was interrupted is done anew.
 installed=".venv/installed-${requirements//\//-}"
-if is_supported .venv/bin/python && cat requirements.txt "$requirements" | cmp -s - "$installed"; then
+if is_environment && cat requirements.txt "$requirements" | cmp -s - "$installed"; then
   exit 0
 fi
-if ! is_supported .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-  for python in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python3.10; do
-    is_supported "$python" && break
-    python=
+[[ -w . ]] || die "cannot write into $PWD: make it writable, or clone the project into a folder of yours"
+free="$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')"
+((free > 3000)) || [[ -d .venv ]] || die "$PWD has $free MB of free space, and the project needs 3000: make room first"
+
+# make_environment PYTHON FOLDER
+make_environment() {
+  "$1" -c 'import ensurepip' 2>/dev/null ||
+    die "$1 cannot make a virtual environment: on Debian or Ubuntu run 'sudo apt install python3-venv'"
+  local message
+  message="$("$1" -m venv --clear "$2" 2>&1)" || die "$1 cannot make $2: ${message##*$'\n'}"
+}
+install() {
+  # The temporary files of pip are as large as the packages, and /tmp is often small.
+  mkdir -p "$1/tmp"
+  TMPDIR="$PWD/$1/tmp" "$1/bin/python" -m pip install --disable-pip-version-check "${@:2}" >&2
+}
+# Have uv fetch Python 3.12 into .uv, itself installed there unless it is on PATH.
+fetch_python() {
+  local uv=uv
+  if ! command -v uv >/dev/null; then
+    uv=.uv/bin/uv
+    [[ -x "$uv" ]] || { make_environment python3 .uv && install .uv uv; } || return
+  fi
+  UV_SYSTEM_CERTS=true "$uv" python install --no-bin --install-dir .uv 3.12 >&2
+}
+
+find_python() {
+  for python in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python3.10 "$PWD"/.uv/cpython-3.12*/bin/python3.12; do
+    ! is_usable "$python" || return 0
   done
-  [[ -n "$python" ]] || die "no Python 3.10, 3.11 or 3.12 on PATH: install one, or name it with PYTHON=/path/to/python"
+  return 1
+}
+
+if ! is_environment; then
+  if [[ -n "${PYTHON:-}" ]] && ! is_usable "$PYTHON"; then
+    die "PYTHON=$PYTHON is no Python 3.10 to 3.12 with its shared library"
+  fi
+  if ! find_python; then
+    found="$(python3 --version 2>&1)" || die "there is no python3: install Python"
+    echo "Triton needs Python 3.10 to 3.12 with its shared library, and this is $found: fetching 3.12 …" >&2
+    if ! { fetch_python && find_python; }; then
+      die "found $found, and Python 3.10 to 3.12 with its shared library is needed, which uv could not fetch: install it (on Debian or Ubuntu also libpython3.11 or the like), or name one with PYTHON=/path/to/python"
+    fi
+  fi
   echo "Making .venv with $("$python" --version) …" >&2
-  "$python" -m venv --clear .venv ||
-    die "$python cannot make a virtual environment: on Debian or Ubuntu run 'sudo apt install python3-venv'"
+  make_environment "$python" .venv
 fi
 echo "Installing $requirements into .venv; TensorFlow is large, so the first time takes a minute or more …" >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
-  die "pip could not install $requirements: look at its message above, then try again"
+install .venv -r "$requirements" || die "pip could not install $requirements: look at its message above, then try again"
+rm -rf .venv/tmp
 cat requirements.txt "$requirements" >"$installed"

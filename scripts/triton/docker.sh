@@ -4,12 +4,13 @@
 #   scripts/triton_cpu.sh [OPTION]... [-- TRITONSERVER-ARGUMENT...]
 #   scripts/triton_gpu.sh [OPTION]... [-- TRITONSERVER-ARGUMENT...]
 #
-#   --tag XX.YY             the Triton release; default TRITON_TAG from the environment, else 26.09.
+#   --tag XX.YY             the Triton release; default TRITON_TAG from the environment, else NEWEST.
 #                           From 25.03 on, NVIDIA's image has no TensorFlow backend: mnist-triton:XX.YY, built once
 #                           from scripts/triton/Dockerfile, adds it. Up to 25.02, NVIDIA's image runs as it is.
 #   --model-repository DIR  the models to serve, mounted read-only; default model_repository.
 #   --listen ADDRESS        the IPv4 address of this machine to publish the ports on; default 127.0.0.1.
 #                           0.0.0.0 opens them to the network, where Triton answers whoever asks.
+#   --memory SIZE           the most main memory that the container may take; default 8g.
 #   --detach                return as soon as the models are READY; 'docker stop triton_mnist' ends them.
 #   --dry-run               print the commands; needs neither Docker, nor a GPU, nor a trained model.
 #   --help                  print this text.
@@ -18,6 +19,7 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+newest=26.09 # The newest release that this project knows.
 name=triton_mnist
 ports=(8000 8001 8002)
 ready_seconds=300
@@ -70,11 +72,6 @@ check_gpu() {
 check_repository() {
   local versions=("$repository"/mnist_model/[1-9]*/)
   [[ -d "${versions[0]}" ]] || die "no trained model in $repository/mnist_model: run 'python train.py' first"
-  # In the container user 1000 reads the files, triton-server. Hidden folders are versions in the making.
-  local closed
-  closed="$(find "$repository" -path "$repository/*/.*" -prune -o \
-    ! -uid 1000 \( ! -perm -o=r -o -type d ! -perm -o=x \) -print)"
-  [[ -z "$closed" ]] || die "Triton's user may not read ${closed%%$'\n'*}: run 'chmod -R a+rX $repository'"
 }
 
 # Print whether the container runs, true or false; nothing where there is none.
@@ -119,22 +116,11 @@ pull() {
   fi
 }
 
-build() {
-  local file
-  for file in requirements.txt saved_model.py scripts/triton/{Dockerfile,backends/tensorflow/model.py}; do
-    [[ -r "$root/$file" ]] || die "$root/$file, which the image is built from, cannot be read"
-  done
-  "${build_command[@]}" >&2 && return
-  local config="${DOCKER_CONFIG:-$HOME/.docker}"
-  [[ ! -e "$config" || -w "$config" ]] ||
-    die "docker cannot build $image, nor write in its own folder: run 'sudo chown -R $(id -un) $config'"
-  die "docker cannot build $image: its message stands above"
-}
-
-# Leave out what this image or this host cannot do, asking a container that ends at once.
+# Look, as Triton's user, for a file that it cannot read (hidden folders are versions in the making), in a container with
+# the same options; leave out what this image or this host cannot do.
 probe() {
-  local message
-  until message="$(docker run --rm "${optional[@]}" --entrypoint=true "$image" 2>&1)"; do
+  local message find=(-name '.?*' -prune -o '(' ! -readable -o -type d ! -executable ')' -print -quit)
+  until message="$(docker run --rm "${optional[@]}" "${options[@]}" --entrypoint=find "$image" /models "${find[@]}" 2>&1)"; do
     case "${optional[*]} $message" in
       --user=triton-server*"unable to find user"*)
         warn "$image has no user triton-server: Triton runs as the image's own user"
@@ -145,6 +131,8 @@ probe() {
       *) die "docker cannot run $image: ${message%%$'\n'*}" ;;
     esac
   done
+  message="$(sed -n '/^\/models/{p;q;}' <<<"$message")"
+  [[ -z "$message" ]] || die "Triton's user may not read $repository${message#/models}: run 'chmod -R a+rX $repository'"
 }
 
 # Start the container and return when Triton is ready; on any other way out, stop it.
@@ -187,7 +175,8 @@ finish() {
 }
 
 device="${1:?run scripts/triton_cpu.sh or scripts/triton_gpu.sh}"
-tag="${TRITON_TAG:-26.09}"
+tag="${TRITON_TAG:-$newest}"
+memory=8g
 repository="$root/model_repository"
 listen=127.0.0.1
 detach=""
@@ -196,21 +185,22 @@ triton_arguments=()
 shift
 while (($#)); do
   case "$1" in
-    --tag | --model-repository | --listen) (($# > 1)) || usage "$1 needs a value" ;;
+    --tag | --model-repository | --listen | --memory) (($# > 1)) || usage "$1 needs a value" ;;
   esac
   case "$1" in
     --tag) tag="$2" && shift ;;
     --model-repository) repository="$2" && shift ;;
     --listen) listen="$2" && shift ;;
+    --memory) memory="$2" && shift ;;
     --detach) detach=yes ;;
     --dry-run) dry_run=yes ;;
-    --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+    --help) sed -n "s/NEWEST/$newest/; 2,/^[^#]/s/^# \{0,1\}//p" "${BASH_SOURCE[0]}" && exit ;;
     --) shift && triton_arguments=("$@") && break ;;
     *) usage "unknown option '$1'" ;;
   esac
   shift
 done
-[[ "$tag" =~ ^[0-9]{2}\.(0[1-9]|1[0-2])$ ]] || usage "a Triton release is two digits, a dot and a month, as 26.09, not '$tag'"
+[[ "$tag" =~ ^[0-9]{2}\.(0[1-9]|1[0-2])$ ]] || usage "a Triton release is two digits, a dot and a month, as $newest, not '$tag'"
 [[ "$listen" =~ ^[0-9]{1,3}(\.[0-9]{1,3}){3}$ ]] || usage "--listen takes an IPv4 address, not '$listen'"
 [[ "$repository" != *:* ]] || usage "docker cannot mount a folder with a colon in its name: '$repository'"
 [[ "$repository" == /* ]] || repository="$PWD/$repository"
@@ -234,14 +224,18 @@ if [[ "$(uname -sm)" == "Darwin arm64" ]]; then
   warn "on Apple silicon Docker runs the image's linux/arm64 variant on the CPU, which this project's tests do not cover"
 fi
 
+mount="$repository:/models:ro"
+! selinuxenabled 2>/dev/null || mount+=",z" # SELinux shows the container what bears its label.
 optional=(--user=triton-server --ulimit=memlock=-1)
+options=("--volume=$mount" --ulimit=stack=67108864 --shm-size=1g --read-only --tmpfs=/tmp "--memory=$memory"
+  --pids-limit=4096 --cap-drop=ALL --security-opt=no-new-privileges)
 if [[ -z "$dry_run" ]]; then
   check_docker
   [[ "$device" == cpu ]] || check_gpu
   check_repository
   check_free
   pull
-  [[ "${#build_command[@]}" == 0 ]] || build
+  [[ "${#build_command[@]}" == 0 ]] || "${build_command[@]}" >&2 || die "docker cannot build $image: its message stands above"
   probe
   check_free # Once more: to pull and to build takes minutes the first time.
 fi
@@ -256,9 +250,7 @@ fi
 for port in "${ports[@]}"; do
   run_command+=("--publish=$listen:$port:$port")
 done
-run_command+=("--volume=$repository:/models:ro"
-  "${optional[@]}" --ulimit=stack=67108864 --shm-size=1g --cap-drop=ALL --security-opt=no-new-privileges
-  "$image" tritonserver --model-repository=/models ${triton_arguments[@]+"${triton_arguments[@]}"})
+run_command+=("${optional[@]}" "${options[@]}" "$image" tritonserver --model-repository=/models ${triton_arguments[@]+"${triton_arguments[@]}"})
 
 if [[ -n "$dry_run" ]]; then
   [[ "${#build_command[@]}" == 0 ]] || print_command "${build_command[@]}"
