@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -24,6 +23,8 @@ START_SECONDS = 120
 SERVER = ROOT / "flask" / "server.py"
 # The sentences of triton_local.sh that are about the machine and not about this project.
 MACHINE_LACKS = r"needs Linux|needs glibc|lacks its shared library|cannot download"
+# The newest Triton release that the Docker scripts know.
+[NEWEST] = re.findall(r"^newest=(\S+)", (ROOT / "scripts" / "triton" / "docker.sh").read_text(), re.MULTILINE)
 # A shell has what it starts in the background ignore Ctrl-C, and so would the programs to which tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -53,6 +54,12 @@ class Triton:
     log: Path
 
     @property
+    def pid(self):
+        """The id of tritonserver itself, which triton_local.sh starts and watches."""
+        [pid] = children(self.process.pid)
+        return pid
+
+    @property
     def http(self):
         return http.InferenceServerClient(self.http_url)
 
@@ -61,10 +68,30 @@ class Triton:
         return grpc.InferenceServerClient(self.grpc_url)
 
 
-def start_triton(log, *options):
-    """Start scripts/triton_local.sh on free ports, wait until the server is ready and return it as Triton."""
+def children(pid):
+    """Return the command lines of the processes that `pid` started, by their own pid."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # It ended meanwhile.
+            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
+                found[int(status.parent.name)] = (status.parent / "cmdline").read_text().split("\0")
+    return found
+
+
+def marked(mark):
+    """Return the ids of the processes that have `mark` in their environment, however they were started."""
+    found = set()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if mark.encode() in environment.read_bytes():
+                found.add(int(environment.parent.name))
+    return found - {os.getpid()}
+
+
+def start_triton(log, *options, script=ROOT / "scripts" / "triton_local.sh"):
+    """Start triton_local.sh on free ports, wait until the server is ready and return it as Triton."""
     ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
-    command = [ROOT / "scripts" / "triton_local.sh", *(f"--{name}-port={port}" for name, port in ports.items())]
+    command = [script, *(f"--{name}-port={port}" for name, port in ports.items())]
     # This Python's environment, whether it was activated or not, and a process group, so that a test can press Ctrl-C.
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
     with log.open("wb") as output:

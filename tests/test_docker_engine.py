@@ -1,5 +1,6 @@
 """The Docker scripts with a real Docker engine, on a stand-in for NVIDIA's image (stand_in_image.sh)."""
 
+import json
 import os
 import pty
 import re
@@ -10,15 +11,16 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
-from conftest import START_SECONDS, copy_configuration, require
+from conftest import NEWEST, START_SECONDS, copy_configuration, require
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, TRITON_HTTP_PORT
 
 SCRIPT = ROOT / "scripts" / "triton_cpu.sh"
-NVIDIA_IMAGE = "nvcr.io/nvidia/tritonserver:26.09-py3"
-IMAGE = "mnist-triton:26.09"
+NVIDIA_IMAGE = f"nvcr.io/nvidia/tritonserver:{NEWEST}-py3"
+IMAGE = f"mnist-triton:{NEWEST}"
 CONTAINER = "triton_mnist"
 READY = rf"\| {MODEL_NAME} *\| 1 *\| READY *\|"
 
@@ -33,7 +35,7 @@ def image(request):
     require(shutil.which("docker"), "there is no docker command")
     answer = docker("version")
     require(answer.returncode == 0, f"Docker does not answer: {answer.stderr.strip()}")
-    require(shutil.which("debootstrap") and os.geteuid() == 0, "the stand-in image needs debootstrap and root")
+    require(shutil.which("mmdebstrap"), "the stand-in image needs mmdebstrap")
     for name in (NVIDIA_IMAGE, IMAGE):
         label = docker("image", "inspect", "--format", '{{index .Config.Labels "mnist.stand-in"}}', name)
         replaceable = label.returncode != 0 or label.stdout == "yes\n"
@@ -50,10 +52,13 @@ def image(request):
 
 
 @pytest.fixture(scope="module")
-def repository(trained_repository):
-    """The trained model, in a folder that pytest no longer keeps to its own user."""
-    trained_repository.chmod(0o755)
-    return trained_repository
+def repository(trained_repository, tmp_path_factory):
+    """A copy of the trained model that every user can read, in a folder whose name Docker has to take as it is."""
+    folder = tmp_path_factory.mktemp("served") / "mein Modell [ü]"
+    shutil.copytree(trained_repository, folder)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
 
 
 def serve(*arguments, folder="/"):
@@ -114,6 +119,12 @@ class TestDetached:
         assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
         assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
 
+    def test_nothing_but_temporary_files_can_be_written(self, container):
+        for place, writable in (("/opt/mnist", False), ("/home", False), ("/tmp", True), ("/dev/shm", True)):
+            assert (docker("exec", "--user=root", CONTAINER, "touch", f"{place}/file").returncode == 0) == writable
+        limits = docker("inspect", "--format", "{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}", CONTAINER).stdout
+        assert limits == f"{8 << 30} 4096\n"
+
     def test_repository_is_read_only(self, container):
         result = docker("exec", "--user=root", CONTAINER, "touch", f"/models/{MODEL_NAME}/config.pbtxt")
         assert result.returncode != 0 and "Read-only file system" in result.stderr
@@ -124,6 +135,40 @@ class TestDetached:
         sentence = f"triton_cpu.sh: the container {CONTAINER} is already running: run 'docker stop {CONTAINER}' first\n"
         assert result.stderr == sentence
         assert is_ready(HOST)
+
+
+def test_health_check_finds_a_dead_stub(image, repository):
+    def check():
+        """Run the image's own HEALTHCHECK now; returns its status and message."""
+        command = docker("inspect", "--format", "{{json .Config.Healthcheck.Test}}", CONTAINER).stdout
+        result = docker("exec", CONTAINER, *json.loads(command)[1:])
+        return result.returncode, result.stderr
+
+    serve("--detach", "--model-repository", repository)
+    try:
+        assert check() == (0, "")
+        stubs = docker("top", CONTAINER, "-eo", "pid,args").stdout
+        for pid in re.findall(r"^ *(\d+) .*triton_python_backend_stub ", stubs, re.MULTILINE):
+            inside = re.search(r"^NSpid:.*\t(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]
+            docker("exec", CONTAINER, "python3", "-c", f"import os; os.kill({inside}, 9)")
+        status, message = check()
+        assert status == 1
+        assert "is not healthy" in message
+        assert is_ready(HOST)
+    finally:
+        docker("stop", CONTAINER)
+
+
+def test_model_that_tritons_user_cannot_read(image, repository, tmp_path):
+    closed = tmp_path / "models"
+    shutil.copytree(repository, closed)
+    tmp_path.chmod(0o755)
+    (closed / MODEL_NAME / "1").chmod(0)
+    result = serve("--model-repository", closed)
+    (closed / MODEL_NAME / "1").chmod(0o755)
+    assert (result.returncode, result.stdout) == (1, "")
+    sentence = f"Triton's user may not read {closed}/{MODEL_NAME}/1: run 'chmod -R a+rX {closed}'\n"
+    assert result.stderr.endswith(sentence)
 
 
 def test_listen_opens_the_ports(image, repository):

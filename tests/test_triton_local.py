@@ -1,6 +1,7 @@
 """scripts/triton_local.sh: what it says when it cannot start, and that it starts, reloads and stops cleanly."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -8,18 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import copy_configuration, free_ports, start_triton
-from tritonclient import grpc
+from conftest import children, copy_configuration, free_ports, marked, start_triton, stop_triton
+from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
-from mnist_preprocess import HOST, INPUT_NAME, MODEL_NAME, ROOT
+from mnist_preprocess import HOST, INPUT_NAME, MODEL_NAME, OUTPUT_NAME, ROOT
 
 SCRIPT = ROOT / "scripts" / "triton_local.sh"
 SHARED_MEMORY = Path("/dev/shm")
+MOMENTS = int(os.environ.get("STOP_MOMENTS", "4"))  # At how many, from 0.1 to 5 s after the start, each signal comes.
 
 
 def run(*options, script=SCRIPT, disguise="", path=None, **environment):
@@ -68,7 +71,11 @@ def test_help_is_the_header():
         ),
         (
             "import importlib.util as u; u.find_spec = lambda name: None if name == 'tensorflow' else name",
-            f"has no tensorflow: run '{sys.executable} -m pip install -r {ROOT}/requirements.txt'",
+            f"has no tensorflow: run '{sys.prefix}/bin/python3 -m pip install -r {ROOT}/requirements.txt'",
+        ),
+        (
+            "import os, types; os.statvfs = lambda path: types.SimpleNamespace(f_bavail=10, f_frsize=1 << 20)",
+            "/dev/shm has 10 MB of space that can be used, and Triton needs 16 MB: make room there",
         ),
         (
             "import importlib.metadata as m; m.version = lambda name: '2.4.1'",
@@ -77,17 +84,11 @@ def test_help_is_the_header():
     ],
 )
 def test_machine_that_cannot_run_triton(tmp_path, disguise, sentence):
-    result = run(disguise=disguise, path=tmp_path)
+    result = run(*ports_options(free_ports(3)), disguise=disguise, path=tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("triton_local.sh: ")
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-def test_no_python_at_all():
-    result = run(VIRTUAL_ENV="/nowhere")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "triton_local.sh: no Python at /nowhere/bin/python: install Python 3.10 to 3.12\n"
 
 
 @pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
@@ -100,8 +101,30 @@ def test_busy_port(service, form):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
         f"triton_local.sh: cannot listen on {HOST}:{port} (Address already in use): "
-        f"stop what does, or give --{service}-port\n"
+        "stop what does, or give other --http-port, --grpc-port and --metrics-port\n"
     )
+
+
+def test_all_busy_ports_are_named_at_once():
+    with (
+        socket.create_server((HOST, 0)) as grpc_listener,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as http_listener,
+    ):
+        grpc_port, http_port = (listener.getsockname()[1] for listener in (grpc_listener, http_listener))
+        options = ports_options([http_port, grpc_port, *free_ports(1)])
+        result = run("--http-address=::1", *options)
+    assert result.returncode == 1
+    assert (
+        f"on ::1:{http_port} (Address already in use) and {HOST}:{grpc_port} (Address already in use):" in result.stderr
+    )
+
+
+def test_warns_where_other_machines_reach_it(tmp_path):
+    for options, warns in ((("--http-address=0.0.0.0",), True), (("--grpc-address", "::"), True), ((), False)):
+        result = run(*ports_options(free_ports(3)), *options, f"--model-repository={tmp_path}/none")
+        warning = r"warning: Triton \d\d\.\d\d has holes through which whoever reaches its ports may take it over"
+        assert bool(re.search(warning, result.stderr)) == warns
+        assert f"there is no model repository {tmp_path}/none: give --model-repository a folder" in result.stderr
 
 
 def test_port_that_is_no_number_is_wrong_usage():
@@ -119,25 +142,10 @@ def test_missing_model(tmp_path):
 
 def test_download_that_fails_leaves_nothing(tmp_path):
     script = copy_project(tmp_path)
-    (tmp_path / "model_repository" / MODEL_NAME / "1").mkdir()
-    result = run(
-        *ports_options(free_ports(3)), script=script, PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull
-    )
+    result = run("--download", script=script, PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.splitlines()[-1].startswith("triton_local.sh: cannot download nvidia-pytriton 0.7.0 from")
+    assert result.stderr.splitlines()[-1].startswith("triton_local.sh: cannot download nvidia-pytriton==")
     assert list((tmp_path / ".triton").iterdir()) == []
-
-
-def children(pid):
-    """Return the command lines of the processes that `pid` started, by their own pid."""
-    found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
-                found[int(status.parent.name)] = (status.parent / "cmdline").read_text().split("\0")
-        except (FileNotFoundError, ProcessLookupError):  # It ended meanwhile.
-            continue
-    return found
 
 
 def keep_asking(server, enough, answers):
@@ -170,13 +178,83 @@ def test_new_version_takes_over_under_load_and_ctrl_c_leaves_nothing(trained_rep
     finally:
         enough.set()
         asking.join()
-        stubs = children(server.process.pid)
+        stubs = children(server.pid)
         os.killpg(server.process.pid, signal.SIGINT)
         status = server.process.wait(60)
     assert set(answers) == {"1", "2"}
     assert answers == sorted(answers)
     assert status == 0, server.log.read_text()
-    regions = [argument for command in stubs.values() for argument in command if "shm_region" in argument]
+    regions = [argument for command in stubs.values() for argument in command if argument.startswith("triton_local_")]
     assert regions
     assert not [region for region in regions if (SHARED_MEMORY / region).exists()]
     assert not [pid for pid in stubs if Path("/proc", str(pid)).exists()]
+
+
+def await_nothing(mark, seconds=5):
+    """Return the processes marked `mark` that are there after so many seconds, or none as soon as all have ended."""
+    deadline = time.monotonic() + seconds
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_stopped_at_any_moment_it_leaves_nothing(number, trained_repository, tmp_path):
+    for moment in range(MOMENTS):
+        mark = f"mark={uuid.uuid4()}"
+        ports = free_ports(3)
+        command = [SCRIPT, *ports_options(ports), f"--model-repository={trained_repository}"]
+        environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "TRITON_TEST": mark}
+        log = tmp_path / f"{moment}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
+        time.sleep(0.1 + 4.9 * moment / (MOMENTS - 1))
+        os.killpg(process.pid, number)
+        status = process.wait(30)
+        assert status in (0, 128 + number, -number), log.read_text()
+        assert await_nothing(mark) == set()
+        assert list(SHARED_MEMORY.glob(f"triton_local_{process.pid}_*")) == []
+        for port in ports:
+            socket.create_server((HOST, port)).close()
+
+
+@pytest.mark.parametrize("victim", ["stub", "tritonserver", "triton_local.sh"])
+def test_killed_part_takes_all_with_it(victim, trained_repository, tmp_path, monkeypatch):
+    mark = f"mark={uuid.uuid4()}"
+    monkeypatch.setenv("TRITON_TEST", mark)
+    server = start_triton(tmp_path / "triton.log", f"--model-repository={trained_repository}")
+    stub = min(children(server.pid))
+    os.kill({"stub": stub, "tritonserver": server.pid, "triton_local.sh": server.process.pid}[victim], signal.SIGKILL)
+    status = server.process.wait(30)
+    assert await_nothing(mark, 10) == set()
+    assert list(SHARED_MEMORY.glob(f"triton_local_{server.process.pid}_*")) == []
+    last = server.log.read_text().splitlines()[-1]
+    if victim == "stub":
+        assert (status, last) == (
+            1,
+            "triton_local.sh: a process that ran a model has died (was memory short?), and Triton without it answers "
+            "errors: start anew",
+        )
+    elif victim == "tritonserver":
+        assert (status, last) == (1, "triton_local.sh: Triton was killed by SIGKILL")
+
+
+def test_project_and_models_in_folders_of_any_name(trained_repository, tmp_path, monkeypatch):
+    folder = tmp_path / "Übung: 1 [x] $y 'z' \"q\""
+    folder.mkdir()
+    script = copy_project(folder)
+    shutil.copytree(trained_repository / MODEL_NAME, folder / "model_repository" / MODEL_NAME, dirs_exist_ok=True)
+    wheel = next((ROOT / ".triton").glob("nvidia-pytriton-*"))
+    shutil.copytree(wheel, folder / ".triton" / wheel.name, ignore=shutil.ignore_patterns("backends-*"))
+    (folder / "other: models ü").symlink_to(trained_repository)
+    monkeypatch.setenv("LC_ALL", "C")
+    for options in ((), ("--model-repository", folder / "other: models ü")):
+        server = start_triton(tmp_path / "triton.log", *options, script=script)
+        try:
+            with server.http as client:
+                assert client.is_model_ready(MODEL_NAME)
+                picture = http.InferInput(INPUT_NAME, [1, 28, 28, 1], "FP32")
+                picture.set_data_from_numpy(np.zeros((1, 28, 28, 1), np.float32))
+                assert client.infer(MODEL_NAME, [picture]).as_numpy(OUTPUT_NAME).shape == (1, 10)
+        finally:
+            assert stop_triton(server) == 0

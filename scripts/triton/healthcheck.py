@@ -1,7 +1,7 @@
 """Ask every model that Triton serves for one inference, of zeros: Docker's HEALTHCHECK, run in the container.
 
-Triton calls a model ready whose process is dead; this leaves with status 1 then, and where no answer comes. A refusal is
-an answer: a model need not take zeros.
+Triton calls a model ready whose process is dead; this leaves with status 1 then, and where no answer comes.
+A refusal is an answer: a model need not take zeros.
 """
 
 import json

@@ -119,7 +119,7 @@ def check_addresses(addresses):
             except OSError as error:
                 taken.append("{}:{} ({})".format(*address, error.strerror))
     if taken:
-        ports = " and ".join(f"--{service}-port" for service in SERVICES)
+        ports = "--http-port, --grpc-port and --metrics-port"
         die(f"cannot listen on {' and '.join(taken)}: stop what does, or give other {ports}")
     if not all(re.match(r"127\.|::1$|localhost$", host) for host, _ in addresses):
         print(
