@@ -5,7 +5,8 @@
 #
 # --serve  keep both servers up after the questions, until Ctrl-C
 #
-# Trains only when model_repository holds no version yet. Whatever it starts, it stops.
+# Trains only when model_repository holds no version yet. Whatever it starts, it stops; what the servers say is kept in
+# .venv/logs.
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" ]]; then
@@ -28,7 +29,6 @@ for port in 5000 8000 8001 8002; do
   ! answers "$port" || die "port $port is taken: stop what listens on it, then try again"
 done
 
-logs="$(mktemp -d)"
 set -m # Each program in the background gets a process group, so that all of it can be stopped.
 stop() {
   trap '' INT TERM HUP
@@ -36,7 +36,6 @@ stop() {
     kill -TERM -- "-$group" || true
   done 2>/dev/null
   wait
-  rm -rf "$logs"
 }
 trap stop EXIT
 trap 'exit 129' HUP
@@ -70,6 +69,8 @@ show() {
 run scripts/setup.sh
 PATH="$PWD/.venv/bin:$PATH"
 export VIRTUAL_ENV="$PWD/.venv"
+logs="$PWD/.venv/logs"
+mkdir -p "$logs"
 export no_proxy="127.0.0.1,${no_proxy:-${NO_PROXY:-}}" # Proxies know no server of this machine.
 run scripts/triton_local.sh --download
 compgen -G "model_repository/mnist_model/[1-9]*" >/dev/null || show python train.py

@@ -16,7 +16,7 @@ die() {
   echo "setup.sh: $*" >&2
   exit 1
 }
-trap 'die "stopped; run it again to go on"' INT
+trap 'echo "setup.sh: stopped; run it again to go on" >&2; exit 130' INT
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements="${1:-requirements.txt}"
 [[ -f "$requirements" ]] || die "there is no file $requirements: give requirements.txt or tests/requirements.txt"

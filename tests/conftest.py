@@ -88,6 +88,14 @@ def marked(mark):
     return found - {os.getpid()}
 
 
+def await_nothing(mark, seconds=5):
+    """Return the processes marked `mark` that are there after so many seconds, or none as soon as all have ended."""
+    deadline = time.monotonic() + seconds
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
 def start_triton(log, *options, script=ROOT / "scripts" / "triton_local.sh"):
     """Start triton_local.sh on free ports, wait until the server is ready and return it as Triton."""
     ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import children, copy_configuration, free_ports, marked, start_triton, stop_triton
+from conftest import await_nothing, children, copy_configuration, free_ports, start_triton, stop_triton
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
@@ -188,14 +188,6 @@ def test_new_version_takes_over_under_load_and_ctrl_c_leaves_nothing(trained_rep
     assert regions
     assert not [region for region in regions if (SHARED_MEMORY / region).exists()]
     assert not [pid for pid in stubs if Path("/proc", str(pid)).exists()]
-
-
-def await_nothing(mark, seconds=5):
-    """Return the processes marked `mark` that are there after so many seconds, or none as soon as all have ended."""
-    deadline = time.monotonic() + seconds
-    while (left := marked(mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)

@@ -308,7 +308,8 @@ def main(arguments):
     # The stub takes its packages from the python3 on PATH, and loads that Python's shared library.
     libraries = [plain(triton / "nvidia_pytriton.libs"), plain(library), os.environ.get("LD_LIBRARY_PATH")]
     environment = {"TF_CPP_MIN_LOG_LEVEL": "1"} | os.environ
-    environment["PATH"] = f"{plain(Path(sys.executable).parent)}:{os.environ['PATH']}"
+    bin = Path(sys.executable).parent  # Python looks in the folder above for its environment.
+    environment["PATH"] = f"{plain(bin.parent)}/{bin.name}:{os.environ['PATH']}"
     environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
     return serve(command, environment, addresses.values())
 
