@@ -79,13 +79,13 @@ def children(pid):
 
 
 def marked(mark):
-    """Return the ids of the processes that have `mark` in their environment, however they were started."""
-    found = set()
+    """Return the command lines, by id, of the processes that have `mark` in their environment."""
+    found = {}
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if mark.encode() in environment.read_bytes():
-                found.add(int(environment.parent.name))
-    return found - {os.getpid()}
+                found[int(environment.parent.name)] = environment.with_name("cmdline").read_text().split("\0")
+    return found
 
 
 def await_nothing(mark, seconds=5):

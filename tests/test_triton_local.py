@@ -204,7 +204,7 @@ def test_stopped_at_any_moment_it_leaves_nothing(number, trained_repository, tmp
         os.killpg(process.pid, number)
         status = process.wait(30)
         assert status in (0, 128 + number, -number), log.read_text()
-        assert await_nothing(mark) == set()
+        assert await_nothing(mark) == {}
         assert list(SHARED_MEMORY.glob(f"triton_local_{process.pid}_*")) == []
         for port in ports:
             socket.create_server((HOST, port)).close()
@@ -218,7 +218,7 @@ def test_killed_part_takes_all_with_it(victim, trained_repository, tmp_path, mon
     stub = min(children(server.pid))
     os.kill({"stub": stub, "tritonserver": server.pid, "triton_local.sh": server.process.pid}[victim], signal.SIGKILL)
     status = server.process.wait(30)
-    assert await_nothing(mark, 10) == set()
+    assert await_nothing(mark, 10) == {}
     assert list(SHARED_MEMORY.glob(f"triton_local_{server.process.pid}_*")) == []
     last = server.log.read_text().splitlines()[-1]
     if victim == "stub":

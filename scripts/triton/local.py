@@ -202,6 +202,7 @@ def is_serving(addresses):
     """Return whether Triton listens; it begins when it has loaded the models."""
     for address in addresses:
         with suppress(OSError), new_socket(address) as client:
+            client.settimeout(1)
             client.connect(address)
             return True
     return False
@@ -308,8 +309,8 @@ def main(arguments):
     # The stub takes its packages from the python3 on PATH, and loads that Python's shared library.
     libraries = [plain(triton / "nvidia_pytriton.libs"), plain(library), os.environ.get("LD_LIBRARY_PATH")]
     environment = {"TF_CPP_MIN_LOG_LEVEL": "1"} | os.environ
-    bin = Path(sys.executable).parent  # Python looks in the folder above for its environment.
-    environment["PATH"] = f"{plain(bin.parent)}/{bin.name}:{os.environ['PATH']}"
+    programs = Path(sys.executable).parent  # In the folder above, Python looks for its environment.
+    environment["PATH"] = f"{plain(programs.parent)}/{programs.name}:{os.environ['PATH']}"
     environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
     return serve(command, environment, addresses.values())
 
