@@ -29,11 +29,11 @@ for port in 5000 8000 8001 8002; do
   ! answers "$port" || die "port $port is taken: stop what listens on it, then try again"
 done
 
-set -m # Each program in the background gets a process group, so that all of it can be stopped.
+# Every program has a session of its own, so that stopping it stops all of it, and Ctrl-C reaches this script alone.
 stop() {
   trap '' INT TERM HUP
-  for group in $(jobs -p); do
-    kill -TERM -- "-$group" || true
+  for session in $(jobs -p); do
+    kill -TERM -- "-$session" "$session" || true
   done 2>/dev/null
   wait
 }
@@ -46,11 +46,11 @@ trap 'exit 143' TERM
 # start NAME COMMAND …: a server, its output in a file, stopped by the kernel should this script be killed.
 # ready NAME PORT PROCESS: wait until the server listens.
 run() {
-  "$@" &
+  setsid "$@" &
   wait $!
 }
 start() {
-  setpriv --pdeathsig=TERM "${@:2}" >"$logs/$1" 2>&1 &
+  setsid setpriv --pdeathsig=TERM "${@:2}" >"$logs/$1" 2>&1 &
 }
 ready() {
   for ((tenths = 0; tenths < 1200; tenths++)); do

@@ -53,7 +53,7 @@ def test_asks_both_servers_behind_dead_proxies(curl, project, tmp_path):
     variables = {f"{scheme}_proxy": dead for scheme in ("http", "https", "all", "grpc")}
     variables |= {name.upper(): value for name, value in variables.items()}
     if not curl:
-        for program in ("bash", "dirname", "env", "mkdir", "sed", "setpriv", "sleep", "tail"):
+        for program in ("bash", "dirname", "env", "mkdir", "sed", "setpriv", "setsid", "sleep", "tail"):
             (tmp_path / program).symlink_to(shutil.which(program))
         variables["PATH"] = str(tmp_path)
     process, mark = start(project, **variables)
