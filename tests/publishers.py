@@ -1,21 +1,35 @@
 """Publish from several processes at once, or from processes that are killed: python tests/publishers.py HOW DIRECTORY
 
 `together` publishes from two at once. `killed SEED COUNT` publishes from one after the other, until COUNT of them were
-killed at random moments of it, and prints after how many seconds each was.
+killed at random moments of it, and prints after how many seconds each was. `stopped SEED COUNT` does the same with the
+signals that train.py takes, and fails when one leaves something unpublished behind. `full` publishes on a file system
+with less and more room left, until two versions had enough, and prints what was said each time.
 """
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import train
 from mnist_preprocess import CLASSES, IMAGE_SHAPE, INPUT_NAME
+from publishing import UNFINISHED, stop_cleanly
+from saved_model import ModelError, versions
+
+KILLS = {"killed": [signal.SIGKILL], "stopped": [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]}
+
+
+def small_model():
+    layers = [keras.layers.Flatten(), keras.layers.Dense(CLASSES, activation="softmax")]
+    return keras.Sequential([keras.Input(IMAGE_SHAPE, name=INPUT_NAME), *layers])
 
 
 def start_publisher(directory):
@@ -31,8 +45,8 @@ def start_publisher(directory):
     status = 1
     try:
         pictures = np.zeros((1, *IMAGE_SHAPE), np.uint8)
-        layers = [keras.layers.Flatten(), keras.layers.Dense(CLASSES, activation="softmax")]
-        model = keras.Sequential([keras.Input(IMAGE_SHAPE, name=INPUT_NAME), *layers])
+        model = small_model()
+        stop_cleanly(directory)
         os.close(writer)
         train.publish(model, directory, pictures)
         status = 0
@@ -44,7 +58,7 @@ def status(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill(directory, seed, count):
+def kill(directory, how, seed, count):
     pid, start = start_publisher(directory), time.monotonic()
     if status(pid):
         sys.exit("publishing failed")
@@ -52,19 +66,44 @@ def kill(directory, seed, count):
     random.seed(seed)
     while count:
         pid, seconds = start_publisher(directory), random.uniform(0, duration)
+        number = random.choice(KILLS[how])
         time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
         ended = status(pid)
-        if ended == -signal.SIGKILL:
+        if ended == (-number if how == "killed" else 130):
             print(f"{seconds:.3f}")
             count -= 1
         elif ended:
-            sys.exit("publishing failed")
+            sys.exit(f"publishing failed: {ended}")
+        if how == "stopped" and list(directory.glob(f"{UNFINISHED}*")):
+            sys.exit(f"{number} after {seconds:.3f} s left something behind")
+
+
+def fill(directory):
+    ballast, room = directory / "ballast", 0
+    while len(versions(directory)) < 2:
+        before = versions(directory)
+        with suppress(OSError), ballast.open("wb") as file:
+            file.write(bytes(shutil.disk_usage(directory).free - room))
+        try:
+            train.publish(small_model(), directory, np.zeros((1, *IMAGE_SHAPE), np.uint8))
+            print(f"{room}: published")
+        except (OSError, ModelError, tf.errors.OpError) as error:
+            print(f"{room}: {error}")
+            if versions(directory) != before:
+                sys.exit("it failed and published")
+        finally:
+            ballast.unlink()
+        if list(directory.glob(f"{UNFINISHED}*")):
+            sys.exit("something was left behind")
+        room += 8192
 
 
 def main(how, directory, *arguments):
-    if how == "killed":
-        kill(Path(directory), *map(int, arguments))
+    if how in KILLS:
+        kill(Path(directory), how, *map(int, arguments))
+    elif how == "full":
+        fill(Path(directory))
     else:
         pids = [start_publisher(Path(directory)) for _ in range(2)]
         if any([status(pid) for pid in pids]):

@@ -1,6 +1,7 @@
 """train.py: what it refuses, what a run prints and publishes, and that whatever stops it leaves whole versions only."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,20 +14,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import require
 from tensorflow.core.protobuf import saved_model_pb2
 
 import train
 from mnist_preprocess import INPUT_NAME, MODEL_NAME, OUTPUT_NAME, ROOT
-from saved_model import SAVED_MODEL, SIGNATURE, SavedModel, versions
+from publishing import UNFINISHED
+from saved_model import SAVED_MODEL, SIGNATURE, ModelError, SavedModel, versions
 
-# What the graph may be made of: operations of TensorFlow 2.9 and older. None of them reads or writes a variable, and
-# none asks for a shape, as Flatten does: XNNPACK could not run the network in one piece.
-OPERATIONS = {
-    *("AddV2", "BiasAdd", "ConcatV2", "Const", "Conv2D", "Identity", "MatMul", "Mul", "NoOp", "Pack", "Pad"),
-    *("PartitionedCall", "Placeholder", "Relu", "Reshape", "RestoreV2", "Rsqrt", "SaveV2", "Select", "Softmax"),
-    *("StatefulPartitionedCall", "Sub"),
-    *("MergeV2Checkpoints", "ShardedFilename", "StaticRegexFullMatch", "StringJoin"),
-}
+# Of what the graph must be free: operations on variables, and the one that TensorFlow 2.9 lacks.
+FORBIDDEN = re.compile("Var(iable|Handle)|DisableCopyOnRead")
+TRIAL = ("--train-size=500", "--epochs=1", "--min-accuracy=0")
 ARRAYS = {
     "x_train": np.zeros((20, 28, 28), np.uint8),
     "y_train": np.zeros(20, np.uint8),
@@ -122,6 +120,10 @@ def test_bad_data_is_one_sentence(run, tmp_path, write):
         ["--seed=x"],
         ["--seed=-1"],
         ["--seed=4294967296"],
+        ["--keep=0"],
+        ["--keep=-1"],
+        ["--min-accuracy=101"],
+        ["--min-accuracy=nan"],
         ["--data"],
         ["--no-such-option"],
         ["mnist.npz"],
@@ -139,7 +141,7 @@ def test_run_publishes_the_next_version_and_says_so(trained_repository, tmp_path
     model = repository / MODEL_NAME
     before = contents(model)
     assert versions(model) == [1]
-    command = [sys.executable, ROOT / "train.py", "--train-size=500", "--epochs=1", "--model-repository", repository]
+    command = [sys.executable, ROOT / "train.py", *TRIAL, "--model-repository", repository]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, umask=0o022)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -151,6 +153,7 @@ def test_run_publishes_the_next_version_and_says_so(trained_repository, tmp_path
     ]
     assert "Traceback" not in result.stderr
     assert "Warning" not in result.stderr
+    assert SavedModel(model / "2" / SAVED_MODEL).runtime == "LiteRT on the CPU"
     after = contents(model)
     assert before.items() <= after.items()
     assert {path.parts[0] for path in after.keys() - before.keys()} == {"2"}
@@ -161,20 +164,71 @@ def test_run_publishes_the_next_version_and_says_so(trained_repository, tmp_path
 
 
 def test_one_training_picture_is_enough(run, tmp_path):
-    status, out, err = run("--train-size=1", "--epochs=1", "--model-repository", tmp_path)
-    assert (status, err) == (0, [])
+    status, out, _ = run("--train-size=1", "--epochs=1", "--min-accuracy=0", "--model-repository", tmp_path)
+    assert status == 0
     assert out[-2].startswith("Published version 1: ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_run_leaves_nothing(tmp_path, number):
-    command = [sys.executable, ROOT / "train.py", "--epochs=1000", "--model-repository", tmp_path / "repository"]
+@pytest.mark.parametrize("options", [["--keep=2"], ["--keep=5"], []])
+def test_keep_deletes_all_but_the_newest(run, trained_repository, tmp_path, options):
+    repository = tmp_path / "repository"
+    shutil.copytree(trained_repository, repository)
+    model = repository / MODEL_NAME
+    for number in (2, 10):
+        shutil.copytree(model / "1", model / str(number))
+    status, _, err = run(*TRIAL, "--model-repository", repository, *options)
+    assert (status, err) == (0, [])
+    assert versions(model) == ([10, 11] if options == ["--keep=2"] else [1, 2, 10, 11])
+    assert (model / "config.pbtxt").exists()
+    assert not list(model.glob(".*"))
+
+
+def test_model_below_the_floor_is_not_published(run, tmp_path):
+    status, out, err = run("--train-size=500", "--epochs=1", "--keep=1", "--model-repository", tmp_path)
+    assert (status, err) == (1, ["train.py: nothing was published: --min-accuracy asks for 95 %"])
+    assert out[-1].startswith("Test accuracy: ")
+    assert not (tmp_path / MODEL_NAME).exists()
+
+
+def test_model_whose_loss_is_not_finite_is_not_published(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PEAK_LEARNING_RATE", float("inf"))
+    status, _, err = run(*TRIAL, "--model-repository", tmp_path)
+    assert (status, err) == (1, ["train.py: nothing was published: the loss became nan"])
+    assert not (tmp_path / MODEL_NAME).exists()
+
+
+def test_settings_and_path_that_others_would_stumble_over(tmp_path):
+    (tmp_path / ".keras").mkdir()
+    settings = '{"backend": "theano", "image_data_format": "channels_first", "floatx": "float16", "epsilon": "none"}'
+    (tmp_path / ".keras" / "keras.json").write_text(settings)
+    environment = os.environ | {"HOME": str(tmp_path), "KERAS_BACKEND": "torch"}
+    environment.pop("KERAS_HOME", None)
+    repository = tmp_path / "mnist [1] für alle"
+    command = [sys.executable, ROOT / "train.py", *TRIAL, "--model-repository", repository.name]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert f"Published version 1: {repository.name}/{MODEL_NAME}/1/{SAVED_MODEL}\n" in result.stdout
+    assert answers(repository / MODEL_NAME / "1").sum() == pytest.approx(1, abs=1e-5)
+    assert (tmp_path / ".keras" / "keras.json").read_text() == settings
+
+
+def start_training(tmp_path, *prefix):
+    """Start a long run, wait until it trains and return its process."""
+    (tmp_path / "tmp").mkdir()
+    command = [*prefix, sys.executable, ROOT / "train.py", "--epochs=1000"]
+    command += ["--model-repository", tmp_path / "repository"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err)
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")})
+    deadline = time.monotonic() + 120
+    while "Epoch 1/" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_run_leaves_nothing(tmp_path, number):
+    process = start_training(tmp_path)
     try:
-        deadline = time.monotonic() + 120
-        while "Epoch 1/" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
-            time.sleep(0.1)
         process.send_signal(number)
         assert process.wait(30) == 130
     finally:
@@ -184,6 +238,40 @@ def test_stopped_run_leaves_nothing(tmp_path, number):
     assert last_words[-1] == "train.py: stopped"
     assert not [line for line in last_words if "Traceback" in line]
     assert not (tmp_path / "repository").exists()
+    assert not os.listdir(tmp_path / "tmp")
+
+
+def test_run_under_nohup_outlives_the_terminal(tmp_path):
+    process = start_training(tmp_path, "nohup")
+    try:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.terminate()
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_while_tensorflow_is_imported_is_no_traceback(tmp_path):
+    for seconds in (0.3, 1):
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", "--help"], stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.communicate()[1]
+        assert process.returncode != 1
+
+
+def answers(version, pictures=None):
+    """Return what a version answers to a batch, by default one blank picture; TensorFlow and the twin must agree."""
+    pictures = np.zeros((1, 28, 28, 1), np.float32) if pictures is None else pictures
+    by_tensorflow, by_twin = (
+        SavedModel(version / SAVED_MODEL, device).predict({INPUT_NAME: pictures})[OUTPUT_NAME]
+        for device in ("/CPU:0", None)
+    )
+    np.testing.assert_allclose(by_twin, by_tensorflow, rtol=0, atol=1e-5)
+    return by_twin
 
 
 def publishers(model, how, *arguments):
@@ -193,19 +281,28 @@ def publishers(model, how, *arguments):
     return result.stdout.splitlines()
 
 
-def test_killed_publisher_leaves_whole_versions_only(trained_repository, tmp_path):
+def test_killed_publisher_leaves_whole_versions_only(trained_repository, keras_model, mnist_test, tmp_path):
     model = tmp_path / MODEL_NAME
     shutil.copytree(trained_repository / MODEL_NAME, model)
     before = contents(model / "1")
-    assert len(publishers(model, "killed", 1, 20)) == 20
+    assert len(publishers(model, "killed", 1, 8)) == 8
     assert contents(model / "1") == before
-    assert list(model.glob(f"{train.UNFINISHED}*"))  # Some were killed while they wrote.
     published = versions(model)
     assert published == list(range(1, len(published) + 1))
-    pictures = np.zeros((1, 28, 28, 1), np.float32)
     for version in published:
-        answer = SavedModel(model / str(version) / SAVED_MODEL, "/CPU:0").predict({INPUT_NAME: pictures})[OUTPUT_NAME]
-        assert answer.sum() == pytest.approx(1, abs=1e-5)
+        assert SavedModel(model / str(version) / SAVED_MODEL).runtime == "LiteRT on the CPU"
+        assert answers(model / str(version)).sum() == pytest.approx(1, abs=1e-5)
+    # Whatever they left is gone with the next version.
+    (model / f"{UNFINISHED}host-1-x" / "version").mkdir(parents=True)
+    assert train.publish(keras_model, model, mnist_test[0][:1]) == model / str(len(published) + 1)
+    assert not list(model.glob(".*"))
+
+
+def test_stopped_publisher_leaves_whole_versions_only(tmp_path):
+    assert len(publishers(tmp_path, "stopped", 2, 8)) == 8
+    assert sorted(map(int, os.listdir(tmp_path))) == versions(tmp_path)
+    for version in versions(tmp_path):
+        assert answers(tmp_path / str(version)).sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_two_publishers_at_once_get_two_numbers(tmp_path):
@@ -213,13 +310,11 @@ def test_two_publishers_at_once_get_two_numbers(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
 
 
-def test_number_taken_meanwhile(keras_model, mnist_test, trained_repository, tmp_path, monkeypatch):
+def test_number_that_a_file_has_is_left_to_it(keras_model, mnist_test, trained_repository, tmp_path):
     model = tmp_path / MODEL_NAME
     shutil.copytree(trained_repository / MODEL_NAME, model)
     (model / "2").write_text("not a version, and in the way of one")
     before = contents(model)
-    listed = iter([[]])
-    monkeypatch.setattr(train, "versions", lambda directory: next(listed, [1]))
     assert train.publish(keras_model, model, mnist_test[0][:1]) == model / "3"
     assert before.items() <= contents(model).items()
 
@@ -237,7 +332,7 @@ def test_publishing_that_fails_leaves_nothing(keras_model, mnist_test, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.setattr(train, "export", lambda model, path: export(train.build(), path))
-    with pytest.raises(RuntimeError, match="answers differently"):
+    with pytest.raises(ModelError, match="answers differently"):
         train.publish(keras_model, tmp_path, mnist_test[0][:1])
     assert list(tmp_path.iterdir()) == []
 
@@ -246,7 +341,7 @@ def test_full_disk_is_one_sentence(run, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # Bytes that a file may have: a model has more.
     try:
-        status, _, err = run("--train-size=10", "--epochs=1", "--model-repository", tmp_path / "repository")
+        status, _, err = run(*TRIAL, "--model-repository", tmp_path / "repository")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (status, len(err)) == (1, 1)
@@ -262,13 +357,35 @@ def test_repository_that_is_a_file_is_one_sentence(run, tmp_path):
     assert err[0].startswith(f"train.py: cannot publish the model in {repository}: ")
 
 
-def test_leavings_of_killed_runs_are_removed_after_an_hour(keras_model, mnist_test, tmp_path):
-    for name, age in (("old", 3700), ("young", 3500)):
-        leaving = tmp_path / f"{train.UNFINISHED}{name}" / "version" / SAVED_MODEL
-        leaving.mkdir(parents=True)
-        os.utime(leaving.parents[1], (time.time() - age,) * 2)
-    train.publish(keras_model, tmp_path, mnist_test[0][:1])
-    assert sorted(os.listdir(tmp_path)) == [f"{train.UNFINISHED}young", "1"]
+def on_file_system(options, directory, *command):
+    """Run a command in a mount namespace of its own, in which the directory is a tmpfs mounted with these options."""
+    namespace = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.geteuid() else [])]
+    mount = [*namespace, "sh", "-c", f'mount -t tmpfs -o {options} tmpfs "$1" && shift && exec "$@"', "sh", directory]
+    able = subprocess.run([*mount, "true"], capture_output=True, text=True)
+    require(able.returncode == 0, f"nothing can be mounted here: {able.stderr}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([*mount, sys.executable, *command], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("size=1m", "there is no space left in "), ("size=20m,ro", " is not a folder that can be written to")],
+)
+def test_no_training_where_nothing_can_be_published(tmp_path, options, reason):
+    result = on_file_system(options, tmp_path, ROOT / "train.py", *TRIAL, "--model-repository", tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    sentence = result.stderr.splitlines()[-1]
+    assert sentence.startswith(f"train.py: cannot publish the model in {tmp_path}: ")
+    assert reason in sentence
+
+
+def test_disk_that_is_full_while_publishing_is_one_sentence_and_leaves_nothing(tmp_path):
+    result = on_file_system("size=20m", tmp_path, ROOT / "tests" / "publishers.py", "full", tmp_path)
+    assert result.returncode == 0, result.stderr
+    *sentences, last = result.stdout.splitlines()
+    assert len(sentences) > 5
+    assert last.endswith(": published")
+    assert all(re.match(r"\d+: (published|.*([Nn]o space left|RESOURCE_EXHAUSTED))", line) for line in sentences)
 
 
 @pytest.fixture(scope="module")
@@ -276,10 +393,13 @@ def exported(trained_repository):
     return trained_repository / MODEL_NAME / "1" / SAVED_MODEL
 
 
+def operations(graph):
+    return {node.op for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes}
+
+
 def test_graph_is_for_every_tensorflow_from_2_9_on(exported):
     graph = saved_model_pb2.SavedModel.FromString((exported / "saved_model.pb").read_bytes()).meta_graphs[0]
-    nodes = [*graph.graph_def.node, *(node for f in graph.graph_def.library.function for node in f.node_def)]
-    assert {node.op for node in nodes} <= OPERATIONS
+    assert not list(filter(FORBIDDEN.search, operations(graph.graph_def)))
     signature = graph.signature_def[SIGNATURE]
     for tensors, name, sizes in (
         (signature.inputs, "input_1", [-1, 28, 28, 1]),
@@ -290,6 +410,34 @@ def test_graph_is_for_every_tensorflow_from_2_9_on(exported):
         assert tensors[name].dtype == 1  # DT_FLOAT
 
 
+def keras_example():
+    """The network of Keras's own MNIST example, https://keras.io/examples/vision/mnist_convnet/."""
+    layers = keras.layers
+    return [
+        *(layers.Conv2D(32, 3, activation="relu"), layers.MaxPooling2D()),
+        *(layers.Conv2D(64, 3, activation="relu"), layers.MaxPooling2D()),
+        *(layers.Flatten(), layers.Dropout(0.5), layers.Dense(10, activation="softmax")),
+    ]
+
+
+def recurrent():
+    rows = keras.layers.Reshape((28, 28))
+    return [rows, keras.layers.LSTM(8), keras.layers.Dense(10, activation="softmax")]
+
+
+@pytest.mark.parametrize(("network", "runtime"), [(keras_example, "LiteRT"), (recurrent, "TensorFlow")])
+def test_readers_own_model_is_published(tmp_path, mnist_test, capsys, network, runtime):
+    model = keras.Sequential([keras.Input((28, 28, 1)), keras.layers.Rescaling(1 / 255), *network()])
+    version = train.publish(model, tmp_path, mnist_test[0][:100])
+    pictures = mnist_test[0][:100].astype(np.float32)
+    np.testing.assert_allclose(answers(version, pictures), model.predict(pictures, verbose=0), rtol=0, atol=1e-5)
+    assert SavedModel(version / SAVED_MODEL).runtime == f"{runtime} on the CPU"
+    graph = saved_model_pb2.SavedModel.FromString((version / SAVED_MODEL / "saved_model.pb").read_bytes())
+    assert not list(filter(FORBIDDEN.search, operations(graph.meta_graphs[0].graph_def)))
+    # What has no twin says why.
+    assert ("gets no twin" in capsys.readouterr().err) == (runtime == "TensorFlow")
+
+
 def test_exported_model_is_deterministic(exported, keras_model, mnist_test):
     pictures = mnist_test[0][:50].astype(np.float32)
     model = SavedModel(exported, "/CPU:0")
@@ -298,16 +446,6 @@ def test_exported_model_is_deterministic(exported, keras_model, mnist_test):
     one_by_one = [model.predict({INPUT_NAME: picture[None]})[OUTPUT_NAME][0] for picture in pictures]
     np.testing.assert_allclose(one_by_one, first, rtol=0, atol=1e-6)
     np.testing.assert_allclose(keras_model.predict(pictures, verbose=0), first, rtol=0, atol=1e-5)
-
-
-def test_first_convolution_is_an_ordinary_one():
-    pictures = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
-    ours, keras_own = (kind(16, 5, strides=2) for kind in (train.FirstConv2D, keras.layers.Conv2D))
-    ours.build(pictures.shape)
-    keras_own.build(pictures.shape)
-    keras_own.set_weights([ours.kernel, np.arange(16)])
-    ours.set_weights(keras_own.get_weights())
-    np.testing.assert_allclose(ours(pictures), keras_own(pictures), rtol=0, atol=1e-5)
 
 
 def test_neighbours_are_those_in_a_window_of_3x3():
