@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
+import re
 import shutil
+import signal
 import socket
 import socketserver
 import struct
@@ -13,17 +16,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from conftest import free_ports
+from conftest import free_ports, require
 from google.protobuf import json_format
 from tritonclient import grpc as grpcclient
 from tritonclient import http as httpclient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE
+from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE, open_image, preprocess
 
 triton_infer = importlib.import_module("triton-infer")
 
@@ -83,6 +87,14 @@ def test_help_and_usage_through_the_script_itself():
         "--grpc-url=:8001",
         "--grpc-url=127.0.0.1:port",
         "--grpc-url=127.0.0.1:70000",
+        "--http-url=::1:8000",
+        "--http-url=[::1]",
+        "--http-url=[::1:8000",
+        "--grpc-url=a b:8001",
+        "--http-url=a@b:8000",
+        "--top=0",
+        "--top=11",
+        "--top=all",
         "--timeout=soon",
         "--timeout=0",
         "--timeout=-1",
@@ -349,7 +361,7 @@ GOOD = reply(METADATA)
 
 
 @contextmanager
-def fake_http(metadata, answer=b""):
+def fake_http(metadata, answer=b"", host=HOST):
     """Say these bytes, or what these functions yield, when asked for metadata or an inference; gives "host:port"."""
 
     class Handler(socketserver.StreamRequestHandler):
@@ -367,12 +379,13 @@ def fake_http(metadata, answer=b""):
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads, block_on_close = True, False
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
-    with Server((HOST, 0), Handler) as server:
+    with Server((host, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield f"{HOST}:{server.server_address[1]}"
+            yield f"[{host}]:{server.server_address[1]}" if ":" in host else f"{host}:{server.server_address[1]}"
         finally:
             server.shutdown()
             thread.join()
@@ -416,26 +429,29 @@ def test_http_server_with_good_answer(answer, top):  # So that what refused() se
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers right, but for what `change` does to an answer."""
 
-    def __init__(self, change):
-        self.change = change
+    def __init__(self, change, seconds):
+        self.change, self.seconds = change, seconds
 
     def ModelMetadata(self, request, context):
+        time.sleep(self.seconds)
         return json_format.ParseDict(METADATA, service_pb2.ModelMetadataResponse())
 
     def ModelInfer(self, request, context):
         response = service_pb2.ModelInferResponse(raw_output_contents=[FLOATS])
         response.outputs.add(name="output_1", datatype="FP32", shape=[1, 10])
+        time.sleep(self.seconds)
         return self.change(response, context) or response
 
 
 @contextmanager
-def fake_grpc(change):
+def fake_grpc(change=lambda *_: None, host=HOST, seconds=0):
     server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(FakeTriton(change), server)
-    port = server.add_insecure_port(f"{HOST}:0")
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(FakeTriton(change, seconds), server)
+    address = f"[{host}]" if ":" in host else host
+    port = server.add_insecure_port(f"{address}:0")
     server.start()
     try:
-        yield f"{HOST}:{port}"
+        yield f"{address}:{port}"
     finally:
         server.stop(None).wait()
 
@@ -482,6 +498,119 @@ BAD_GRPC_ANSWERS = {
 def test_grpc_server_with_bad_answer(kind):
     with fake_grpc(BAD_GRPC_ANSWERS[kind]) as url:
         assert url in refused(grpcclient, url)
+
+
+@contextmanager
+def fake_triton(host=HOST):
+    """Serve right answers by both protocols; gives the options that name them."""
+    with fake_http(GOOD, output(), host) as http_url, fake_grpc(host=host) as grpc_url:
+        yield f"--http-url={http_url}", f"--grpc-url={grpc_url}"
+
+
+TWO_LINES = "HTTP Service | Prediction: 7\ngRPC Service | Prediction: 7\n"
+
+
+def script(*options, **pipes):
+    """Start the script itself."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | pipes
+    return subprocess.Popen([sys.executable, ROOT / "triton-infer.py", *options], **pipes)
+
+
+def test_time_limit_is_for_both_calls_together():
+    with fake_grpc(seconds=0.7) as url:
+        assert url in refused(grpcclient, url)
+
+
+def test_proxies_are_not_asked(run, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://{HOST}:9")
+    with fake_triton() as options:
+        assert run(*options) == (0, TWO_LINES, "")
+
+
+def test_ipv6_address(run):
+    require(Path("/proc/net/if_inet6").exists(), "this machine has no IPv6")
+    with fake_triton("::1") as options:
+        assert run(*options) == (0, TWO_LINES, "")
+
+
+@pytest.mark.parametrize("host", [HOST, "::1"])
+def test_name_of_which_one_address_answers(tmp_path, host):
+    (tmp_path / "hosts").write_text("::1 triton.test\n127.0.0.1 triton.test\n")
+    namespace = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.geteuid() else [])]
+    mount = [*namespace, "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', tmp_path / "hosts"]
+    able = subprocess.run([*mount, "true"], capture_output=True, text=True)
+    require(able.returncode == 0, f"nothing can be mounted here: {able.stderr}")
+    with fake_triton(host) as options:
+        named = [re.sub(r"=.*:", "=triton.test:", option) for option in options]
+        command = [*mount, sys.executable, ROOT / "triton-infer.py", *named]
+        result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, TWO_LINES, "")
+
+
+@pytest.mark.parametrize("service", ["http", "grpc"])
+def test_ctrl_c_is_one_line(service):
+    asked = threading.Event()
+
+    def wait(*_):
+        asked.set()
+        yield b""
+        time.sleep(3)
+
+    with fake_triton() as options, fake_http(wait) as http_url, fake_grpc(lambda *_: list(wait())) as grpc_url:
+        silent = f"--http-url={http_url}" if service == "http" else f"--grpc-url={grpc_url}"
+        with script(*options, silent) as process:
+            assert asked.wait(60)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (130, "triton-infer.py: stopped\n")
+    assert out == ("" if service == "http" else "HTTP Service | Prediction: 7\n")
+
+
+@pytest.mark.parametrize("how", ["full", "closed", "gone"])
+def test_answer_that_cannot_be_written_is_one_sentence(how):
+    with fake_triton() as options, open("/dev/full", "w") as full:
+        pipes = {"full": {"stdout": full}, "closed": {"preexec_fn": lambda: os.close(1)}, "gone": {}}[how]
+        with script(*options, **pipes) as process:
+            if how == "gone":
+                process.stdout.close()
+            err = process.stderr.read()
+    assert (process.returncode, err.count("\n")) == (1, 1)
+    assert err.startswith("triton-infer.py: cannot write to standard output: ")
+
+
+def test_top_names_the_best(ask, run):
+    status, out, err = ask("--top=10")
+    assert (status, err) == (0, "")
+    http_line, grpc_line = out.splitlines()
+    assert http_line.removeprefix("HTTP") == grpc_line.removeprefix("gRPC")
+    found = re.findall(r"(\d) \((\d+\.\d\d)%\)", http_line)
+    assert http_line == f"HTTP Service | Prediction: {', '.join(f'{label} ({share}%)' for label, share in found)}"
+    assert sorted(label for label, _ in found) == list("0123456789")
+    shares = [float(share) for _, share in found]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.1)
+    assert ask()[1].splitlines()[0] == f"HTTP Service | Prediction: {found[0][0]}"
+    assert ask("--top=1")[1].splitlines()[1] == f"gRPC Service | Prediction: {found[0][0]} ({found[0][1]}%)"
+
+
+def test_top_prints_the_label(run):
+    with fake_http(GOOD, classes("0.91:7:sieben ü".encode(), b"0.01:1")) as url:
+        _, out, _ = run(f"--http-url={url}", "--top=2")
+    assert out == "HTTP Service | Prediction: sieben ü (91.00%), 1 (1.00%)\n"
+
+
+def test_show_prints_what_the_model_sees(run):
+    with fake_triton() as options:
+        status, out, err = run(*options, "--show")
+    assert (status, err) == (0, "")
+    *rows, http_line, grpc_line = out.splitlines()
+    assert f"{http_line}\n{grpc_line}\n" == TWO_LINES
+    pairs = np.array([re.findall(r"\x1b\[38;5;(\d+);48;5;(\d+)m▀", row) for row in rows], int)
+    assert pairs.shape == (14, 28, 2)
+    grays = pairs.transpose(0, 2, 1).reshape(28, 28)
+    np.testing.assert_array_equal(grays, 232 + preprocess(open_image(SAMPLE_IMAGE))[..., 0] // (256 / 24))
+    assert all(row.endswith("\x1b[0m") for row in rows)
 
 
 def test_sentence_is_one_line_whatever_the_server_says(run):
