@@ -101,3 +101,4 @@ def stop_cleanly(model_directory):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup wants it.
             signal.signal(number, stop)
+    signal.signal(signal.SIGPIPE, stop)  # Nobody reads the output any more, as of `train.py | head`.

@@ -7,6 +7,7 @@ another pen every time.
 """
 
 import argparse
+import io
 import lzma
 import os
 import signal
@@ -246,9 +247,10 @@ def within(low, high, kind=int):
 def main(argv=None) -> int:
     args = parse_args(argv)
     stop_cleanly(args.model_repository / MODEL_NAME)
+    sys.stdout = sys.stdout or io.StringIO()  # Keras cannot do without.
     try:
         run(args)
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:  # What is left of the latter concerns standard output.
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     return 0
@@ -282,10 +284,10 @@ def run(args):
     # Publish.
     try:
         version = publish(model, model_directory, x_test[:100])
-        print(f"Published version {version.name}: {os.path.relpath(version / SAVED_MODEL)}")
     except (OSError, ModelError, tf.errors.OpError) as error:
         reason = str(error).rpartition("}} ")[2]  # TensorFlow puts the names of its functions in front.
         raise TrainingError(f"cannot publish the model in {args.model_repository}: {reason}") from error
+    print(f"Published version {version.name}: {os.path.relpath(version / SAVED_MODEL)}")
     try:
         if args.keep:
             delete_old_versions(model_directory, args.keep)

@@ -64,28 +64,36 @@ class TooLate(SystemExit):
 def infer(client_module, url, model_name, batch, timeout, top=None):
     """Return the model's probabilities (n, 10) float32 for a batch of pictures (n, 28, 28, 1) float32.
 
-    With `top`, return of each picture the so many best classes instead, (n, top) as Triton names them:
+    With `top`, return of each picture the so many best classes instead, (n, top) as Triton writes them:
     b"0.999:7:7" is probability, class and its line in labels.txt.
 
-    client_module is tritonclient.http or tritonclient.grpc, url its "host:port", timeout in seconds. Raises
-    ServerError when the server is away, does not serve such a model, or answers something else.
+    client_module is tritonclient.http or tritonclient.grpc, url its "host:port", timeout in seconds.
     """
     # Of a name's addresses HTTP tries one after the other, gRPC all. HTTP goes past proxies, and gRPC shall, too.
     if client_module is httpclient:
         client_options = {"connection_timeout": timeout / 2, "network_timeout": 2 * timeout}
     else:
         client_options = {"channel_args": [("grpc.enable_http_proxy", 0)]}
+    with client_module.InferenceServerClient(url, **client_options) as client:
+        check_model(client_module, client, model_name)
+        inputs = [client_module.InferInput(INPUT_NAME, batch.shape, "FP32")]
+        inputs[0].set_data_from_numpy(batch)
+        outputs = [client_module.InferRequestedOutput(OUTPUT_NAME, class_count=top or 0)]
+        results = client.infer(model_name, inputs, outputs=outputs)
+        return results.as_numpy(OUTPUT_NAME)
+
+
+def ask(client_module, url, model_name, batch, timeout, top=None):
+    """Return what infer() does.
+
+    Raises ServerError when the server is away, takes longer than timeout, serves no such model, or answers otherwise.
+    """
     try:
-        with time_limit(timeout), client_module.InferenceServerClient(url, **client_options) as client:
-            check_model(client_module, client, model_name)
-            inputs = [client_module.InferInput(INPUT_NAME, batch.shape, "FP32")]
-            inputs[0].set_data_from_numpy(batch)
-            outputs = [client_module.InferRequestedOutput(OUTPUT_NAME, class_count=top or 0)]
-            results = client.infer(model_name, inputs, outputs=outputs)
-            answer = results.as_numpy(OUTPUT_NAME)
-            if not is_valid(answer, len(batch), top):
-                raise ServerError(f"what {url} answered is not the {OUTPUT_NAME} of {model_name} for one picture")
+        with time_limit(timeout):
+            answer = infer(client_module, url, model_name, batch, timeout, top)
+        if is_valid(answer, len(batch), top):
             return answer
+        raise ServerError(f"what {url} answered is not the {OUTPUT_NAME} of {model_name} for one picture")
     except TooLate:
         raise ServerError(f"{url} did not answer within {timeout:g} s: see --timeout") from None
     except (OSError, HTTPException) as error:
@@ -139,18 +147,23 @@ def is_valid(answer, count, top):
 def shown(picture):
     """Return a picture (28, 28, 1) of 0 to 255 in the terminal's 24 grays, two pixels in each character."""
     grays = (232 + picture[..., 0] * (24 / 256)).astype(int)
-    pairs = np.stack(
-        [grays[::2], grays[1::2]], axis=-1
-    )  # The upper one is the colour of the block, the lower its background.
+    pairs = np.stack([grays[::2], grays[1::2]], axis=-1)  # The colour of an upper half block, and of what is below it.
     return "\n".join("".join(f"\x1b[38;5;{upper};48;5;{lower}m▀" for upper, lower in row) + "\x1b[0m" for row in pairs)
 
 
 def best(classes):
     """Return Triton's names of classes as people read them: b"0.999:7:7" as 7 (99.90%)."""
     found = [CLASS.fullmatch(text).groups() for text in classes]
-    return ", ".join(
-        f"{(label or number).decode(errors='replace')} ({float(share):.2%})" for share, number, label in found
+    return printable(
+        ", ".join(
+            f"{(label or number).decode(errors='replace')} ({float(share):.2%})" for share, number, label in found
+        )
     )
+
+
+def printable(text):
+    """Return what a server says, as one line that does nothing to a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:1000]
 
 
 def parse_args(argv=None):
@@ -182,9 +195,8 @@ def parse_args(argv=None):
 
 
 def host_and_port(text):
-    match = re.fullmatch(
-        r"(\[[0-9a-fA-F:.]+\]|[^][:/?#@\s]+):([0-9]{1,5})", text
-    )  # An IPv6 address stands in brackets.
+    # An IPv6 address stands in brackets.
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^][:/?#@\s]+):([0-9]{1,5})", text)
     if not match or int(match[2]) not in range(1, 2**16):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form HOST:PORT")
     return text
@@ -222,10 +234,9 @@ def run(args) -> int:
         prefix = f"{path}: " if len(args.images) > 1 else ""
         for service, client_module, url in (("HTTP", httpclient, args.http_url), ("gRPC", grpcclient, args.grpc_url)):
             try:
-                answer = infer(client_module, url, args.model_name, batch, args.timeout, args.top)[0]
+                answer = ask(client_module, url, args.model_name, batch, args.timeout, args.top)[0]
             except ServerError as error:
-                sentence = "".join(letter if letter.isprintable() else " " for letter in str(error))
-                print(f"triton-infer.py: {sentence[:1000]}", file=sys.stderr)
+                print(f"triton-infer.py: {printable(str(error))}", file=sys.stderr)
                 return 1
             prediction = best(answer) if args.top else answer.argmax()
             print(f"{prefix}{service} Service | Prediction: {prediction}", flush=True)

@@ -395,7 +395,7 @@ def refused(client_module, url, timeout=1, top=None):
     """Ask with a blank picture; returns the sentence, which must come in time."""
     start = time.monotonic()
     with pytest.raises(triton_infer.ServerError) as error:
-        triton_infer.infer(client_module, url, MODEL_NAME, np.zeros((1, 28, 28, 1), np.float32), timeout, top)
+        triton_infer.ask(client_module, url, MODEL_NAME, np.zeros((1, 28, 28, 1), np.float32), timeout, top)
     assert time.monotonic() - start < timeout + 1
     return str(error.value)
 
@@ -422,7 +422,7 @@ def test_http_server_with_bad_classes(kind):
 def test_http_server_with_good_answer(answer, top):  # So that what refused() sees is the fault that is meant.
     with fake_http(GOOD, answer) as url:
         batch = np.zeros((1, 28, 28, 1), np.float32)
-        (found,) = triton_infer.infer(httpclient, url, MODEL_NAME, batch, 5, top)
+        (found,) = triton_infer.ask(httpclient, url, MODEL_NAME, batch, 5, top)
     assert (triton_infer.best(found) == "7 (91.00%), 1 (1.00%)") if top else found.argmax() == 7
 
 
