@@ -314,10 +314,6 @@ class _Session:
             if init_operations:
                 session.run(init_operations)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError, tf.errors.OpError) as error:
-            if not Path(path, "variables", "variables.index").exists():
-                raise ModelError(
-                    f"the SavedModel in {path} has no variables/variables.index: copy the whole folder"
-                ) from error
             raise ModelError(f"cannot load the SavedModel in {path}: {_reason(error)}") from error
         finally:
             logger.setLevel(level)
@@ -400,6 +396,8 @@ def _read_signature(path, tag, name):
     Raises ModelError when there is no such graph or signature.
     """
     graph = _read_graph(path, tag)
+    if graph[3] and not (path / "variables" / "variables.index").exists():  # Field 3 says how to restore them.
+        raise ModelError(f"the SavedModel in {path} has no variables/variables.index: copy the whole folder")
     try:
         signatures = {key: value for key, value in _entries(graph[5]).items() if key not in NOT_SERVED}
         name = name or (next(iter(signatures)) if len(signatures) == 1 else SIGNATURE)

@@ -302,6 +302,15 @@ def test_saved_model_without_the_signature(tmp_path):
     )
 
 
+def test_saved_model_without_its_variables(trained, tmp_path):
+    path = tmp_path / SAVED_MODEL
+    shutil.copytree(trained, path)
+    shutil.rmtree(path / "variables")
+    with pytest.raises(ModelError) as error:
+        SavedModel(path)
+    is_sentence(error, f"the SavedModel in {path} has no variables/variables.index: copy the whole folder")
+
+
 PICTURE = np.zeros((1, 28, 28, 1), np.float32)
 
 

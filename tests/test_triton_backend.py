@@ -232,7 +232,7 @@ def test_config_that_contradicts_the_signature_is_refused(load_double, given, se
         ("complex", "input 'x': Triton has no data type for TensorFlow's complex64"),
         (
             "any_rank",
-            "Unable to autofill for 'any_rank': the rank of model tensor 'x' is open and dimensions are not defined",
+            "Unable to autofill for 'any_rank': the rank of model tensor 'x' is 0 and dimensions are not defined",
         ),
     ],
 )

@@ -183,10 +183,7 @@ def _load(version_directory, settings, device=None):
             parameters.get("TF_GRAPH_TAG") or TAG,
             parameters.get("TF_SIGNATURE_DEF") or None,
             options=_session_options(settings, parameters, device),
-            libraries=[
-                str(directory.parent / name)
-                for name in settings.get("model_operations", {}).get("op_library_filename", [])
-            ],
+            libraries=_operation_libraries(settings, directory),
             init_operations=_init_operations(settings, directory, parameters.get("TF_INIT_OPS_FILE")),
         )
     except ModelError as error:
@@ -235,6 +232,15 @@ def _session_options(settings, parameters, device):
     if soft_placement:
         options["allow_soft_placement"] = soft_placement.lower() in TRUE
     return options | {"graph_options": graph_options}
+
+
+def _operation_libraries(settings, directory):
+    """Return the paths of the shared libraries of operations, which stand in the model's folder or are absolute."""
+    names = settings.get("model_operations", {}).get("op_library_filename", [])
+    for name in names:
+        if not (directory.parent / name).is_file():
+            raise _refusal(settings, f"op_library_filename: there is no {directory.parent / name}")
+    return [str(directory.parent / name) for name in names]
 
 
 def _init_operations(settings, directory, name):
@@ -341,8 +347,8 @@ def _complete_tensor(settings, side, name, tensor, spec):
     if not tensor.get("dims"):
         if not spec.shape:
             raise pb_utils.TritonModelException(
-                f"Unable to autofill for '{settings['name']}': the rank of model tensor '{name}' is "
-                f"{'0' if spec.shape == () else 'open'} and dimensions are not defined"
+                f"Unable to autofill for '{settings['name']}': the rank of model tensor '{name}' is 0 and dimensions "
+                "are not defined"  # Which NVIDIA's backend says of an unknown rank, too.
             )
         batched = settings["max_batch_size"] > 0
         tensor["dims"] = _sizes(spec.shape[batched:])
