@@ -300,8 +300,9 @@ class ModelServer(Triton):
         """Load the model, added first where a SavedModel is given; return its completed configuration."""
         if saved_model:
             self.add(name, saved_model, config)
-        with self.http as client:
+        with self.grpc as client:  # That of HTTP gives up after a minute.
             client.load_model(name)
+        with self.http as client:
             return client.get_model_config(name)
 
 
@@ -310,7 +311,9 @@ def model_server(saved_models, folder, *options):
     """Start a ModelServer with these options of tritonserver; it stops at the end, which must go well."""
     repository = folder / "models"
     repository.mkdir()
-    options = (f"--model-repository={repository}", "--model-control-mode=explicit", *options)
+    # A busy machine may take longer than 30 s to end all their processes.
+    patience = "--exit-timeout-secs=120"
+    options = (f"--model-repository={repository}", "--model-control-mode=explicit", patience, *options)
     server = ModelServer(**vars(start_triton(folder / "triton.log", *options)))
     server.saved_models, server.repository = saved_models, repository
     try:

@@ -115,7 +115,7 @@ def double(x):
 
 def repeat(x, times):
     """Answer each row so many times: with `times` 1, a row for each row, as a batch must."""
-    return {"y": tf.repeat(x, times[0, 0], axis=0)}
+    return {"y": tf.repeat(x, times[:, 0], axis=0)}
 
 
 def square_root(x):

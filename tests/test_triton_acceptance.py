@@ -159,6 +159,11 @@ def numbers(data_type, *shape):
     return values.astype(str).astype(object) if data_type == "STRING" else values.astype(triton_to_np_dtype(data_type))
 
 
+def as_text(array):
+    """Return strings, which come as bytes except from JSON, as text."""
+    return np.char.decode(array.astype(bytes))
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize(("name", "data_types"), ADD_SUB_MODELS.items(), ids=ADD_SUB_MODELS)
@@ -170,8 +175,7 @@ def test_every_data_type_over_every_protocol(models, name, data_types, rows, pro
     a, b = (x.astype(int) for x in inputs.values())
     for output, data_type, expected in zip(outputs.values(), data_types[1:], (a + b, a - b), strict=True):
         if data_type == "STRING":
-            output = np.char.decode(output.astype(bytes))
-            expected = expected.astype(str)
+            output, expected = as_text(output), expected.astype(str)
         else:
             assert output.dtype == triton_to_np_dtype(data_type)
         assert (output == expected).all()
@@ -229,7 +233,7 @@ def test_tensors_without_elements(models, name, data_type, shapes, rows, protoco
     outputs = ask(models, name, inputs, protocol, outputs=[f"OUTPUT{i}" for i in range(3)])
     for given, answer in zip(inputs.values(), outputs.values(), strict=True):
         assert answer.shape == given.shape
-        assert (answer.astype(given.dtype) == (given.astype(bytes) if data_type == "STRING" else given)).all()
+        assert ((as_text(answer) == as_text(given)) if data_type == "STRING" else (answer == given)).all()
 
 
 @pytest.mark.parametrize("shape", [[2, 2], [1, 0], [0, 1], [0, 0]])
@@ -269,14 +273,13 @@ def repeat_rows(value, times, rows=1):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_answer_with_another_number_of_rows_is_an_error(models, times, rows):
     message = refused(models, "repeat", repeat_rows(5, times, rows))
-    assert "'y'" in message
-    assert f"{times * rows} rows" in message
+    assert f"output 'y' has the shape [{times * rows}, 2] for a batch of {rows}" in message
 
 
 def test_answer_with_another_number_of_rows_fails_alone(models):
     good, bad, other = together(models, "repeat", [repeat_rows(5, 1), repeat_rows(6, 2), repeat_rows(7, 1)])
     assert good["y"].tolist() == [[5, 5]]
-    assert "2 rows" in checked_sentence(bad)
+    assert "[2, 2] for a batch of 1" in checked_sentence(bad)
     assert other["y"].tolist() == [[7, 7]]
 
 
