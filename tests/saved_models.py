@@ -130,7 +130,7 @@ def corners(x):
         "maximum": tf.maximum(x, 0.5),
         "clipped": tf.clip_by_value(x, -1.0, 1.0),
         "softmax": tf.nn.softmax(x),
-        "largest": tf.argmax(x, axis=1),
+        "largest": tf.argmax(x, axis=1)[:, None],
     }
 
 
