@@ -38,8 +38,9 @@ ADD_SUB_DTYPES = (
     (tf.float64, tf.float64, tf.int32),
     (tf.string, tf.int32, tf.string),
 )
-# A sequence model's control inputs, and what identifies the sequence: all that Triton offers.
-SEQUENCE_DTYPES = {"int32": (tf.int32, tf.uint64), "fp32": (tf.float32, tf.int64), "bool": (tf.bool, tf.string)}
+# A sequence model's control inputs, and what identifies the sequence: all that Triton offers but text, of which
+# Triton 24.10 sends too many bytes.
+SEQUENCE_DTYPES = {"int32": (tf.int32, tf.uint64), "fp32": (tf.float32, tf.int64), "bool": (tf.bool, tf.uint32)}
 LARGE = 4096  # The weights of the model `large` are a square of this size: 64 MB.
 
 
@@ -171,7 +172,7 @@ def sequence(control, batched):
     """Return a graph with all control inputs; one that is not batched adds up a sequence in its variable.
 
     Batched, it answers START + INPUT + END * CORRID where READY, else -1. Not batched, it answers the sum since
-    START, with CORRID added at END. A CORRID that is text counts as the number that it spells.
+    START, with CORRID added at END.
     """
     control_dtype, corrid_dtype = SEQUENCE_DTYPES[control]
     dtype = tf.float32 if control == "fp32" else tf.int32
@@ -181,9 +182,7 @@ def sequence(control, batched):
         inputs = {"INPUT": v1.placeholder(dtype, shape, "TENSOR_INPUT")}
         inputs |= {name: v1.placeholder(control_dtype, shape, name) for name in ("START", "END", "READY")}
         inputs["CORRID"] = v1.placeholder(corrid_dtype, shape, "CORRID")
-        number, start, end, ready = (tf.cast(value, dtype) for value in list(inputs.values())[:4])
-        corrid = inputs["CORRID"]
-        corrid = tf.strings.to_number(corrid, dtype) if corrid_dtype == tf.string else tf.cast(corrid, dtype)
+        number, start, end, ready, corrid = (tf.cast(value, dtype) for value in inputs.values())
         if batched:
             output = tf.where(ready > 0, start + number + end * corrid, -tf.ones_like(number))
         else:

@@ -11,7 +11,7 @@ from tritonclient.utils import InferenceServerException
 CONTROLS = {
     "int32": ("int32", "INT32", "UINT64"),
     "fp32": ("fp32", "FP32", "INT64"),
-    "bool": ("bool", "INT32", "STRING"),
+    "bool": ("bool", "INT32", "UINT32"),
 }
 CONFIG = """
 platform: "tensorflow_savedmodel"
@@ -68,9 +68,8 @@ def test_every_model_of_the_table_loads(served):
 
 
 def run_sequence(models, name, corrid, numbers, protocol="grpc"):
-    """Send the numbers as one sequence; return the model's answers. A model that takes text gets the id as text."""
+    """Send the numbers as one sequence; return the model's answers."""
     dtype = np.float32 if "fp32" in name else np.int32
-    corrid = str(corrid) if "bool" in name else corrid
     last = len(numbers) - 1
     return [
         ask(
