@@ -17,7 +17,7 @@ def find_digit(pixels: np.ndarray) -> np.ndarray:
 
     The ink is (height, width) float32, from 0 on paper to 1. Raises NoDigitError when there is none.
     """
-    ink = without_ruled_lines(ink_on_paper(*page(pixels)))
+    ink = without_frames(without_ruled_lines(ink_on_paper(*page(pixels))))
     return strokes(*digit_in(ink))
 
 
@@ -209,6 +209,64 @@ def ruled_lines(mask: np.ndarray) -> np.ndarray:
             lines[y[near], x[near]] = True
             waiting[owner[near]] = False
     return lines
+
+
+def without_frames(ink: np.ndarray) -> np.ndarray:
+    """Return the ink without cells, boxes and single lines beside a digit: straight, thin and longer than the digit."""
+    mask = ink > max(ink_level(ink)[1] / 2, faintest(ink))
+    parts = Parts(mask)
+    boxes = ndimage.find_objects(parts.labels)
+    large = np.flatnonzero(parts.side > max(8, 0.05 * max(mask.shape)))
+    large = large[np.argsort(-parts.side[large])][:40]
+    thickness, lines = {}, {}
+    for part in large:
+        shape = parts.labels[boxes[part - 1]] == part
+        thickness[part] = stroke_thickness(shape)
+        lines[part] = straight_lines(shape)
+    strokes = [part for part in large if not lines[part] and parts.side[part] > 2.5 * thickness[part]]
+    if not strokes:  # A 1 may be as straight as what is beside it: it is what stands upright, and the thickest.
+        strokes = [part for part in large if lines[part] == 1 and not flat(parts, part)]
+        strokes = sorted(strokes, key=lambda part: thickness[part])[-1:]
+    if not strokes:
+        return ink
+    weight = [parts.area[part] * (0.3 if parts.touch_edge[part] else 1) for part in strokes]
+    digit = strokes[int(np.argmax(weight))]
+    side = parts.side[digit]
+    beside = np.zeros(len(parts.area), bool)
+    for part in large:
+        if part == digit or not lines[part] or parts.side[part] < 0.95 * side:
+            continue
+        above_or_below = max(parts.top[part] - parts.bottom[digit], parts.top[digit] - parts.bottom[part])
+        left_or_right = max(parts.left[part] - parts.right[digit], parts.left[digit] - parts.right[part])
+        if lines[part] > 1:
+            beside[part] = True
+        else:
+            gap, least, enough = (above_or_below, 0.04, 1.3) if flat(parts, part) else (left_or_right, 0.1, 1.6)
+            beside[part] = gap > least * side or parts.side[part] > enough * side
+    return np.where(ndimage.maximum_filter(beside[parts.labels], 3), 0, ink)
+
+
+def flat(parts, part):
+    return parts.right[part] - parts.left[part] > 3 * (parts.bottom[part] - parts.top[part])
+
+
+def straight_lines(shape: np.ndarray) -> int:
+    """Return of how many thin, straight, level or upright lines a shape is made; 0 when there is more to it."""
+    count = covered = 0
+    side = max(shape.shape)
+    for mask in (shape, shape.T):
+        pieces = Parts(mask & (run_lengths(mask) <= max(3, side // 12)))
+        wide, high = pieces.right - pieces.left, pieces.bottom - pieces.top
+        straight = (wide > max(8, 0.12 * side)) & (high <= 0.14 * wide + pieces.area / np.maximum(wide, 1) + 1)
+        count += straight.sum()
+        covered += pieces.area[straight].sum()
+    return int(count) if covered > 0.8 * shape.sum() else 0
+
+
+def stroke_thickness(shape: np.ndarray) -> float:
+    """Return how thick the strokes of a shape are, on average: a long stroke has two sides."""
+    padded = np.pad(shape, 1).astype(np.int8)
+    return 2 * shape.sum() / (np.pi / 4 * sum(np.abs(np.diff(padded, axis=axis)).sum() for axis in (0, 1)))
 
 
 def digit_in(ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -460,12 +460,165 @@ def large_photo(rng, digit):
     return encoded(side, "JPEG", quality=75, exif=exif)
 
 
+# Something beside the digit, faint ink and tight crops: what people's bug reports show.
+
+
+def straight(shape: tuple[int, int], lines, thickness: float) -> np.ndarray:
+    """Return the ink of straight lines (x, y, x, y) with soft edges, on a page of (height, width)."""
+    large = Image.new("L", (4 * shape[1], 4 * shape[0]))
+    draw, width = ImageDraw.Draw(large), max(1, round(4 * thickness))
+    for line in lines:
+        draw.line([4 * place for place in line], 255, width)
+        for x, y in (line[:2], line[2:]):  # Square ends, so that corners are whole.
+            x, y = (round(4 * place - width / 2) for place in (x, y))
+            draw.rectangle([x, y, x + width - 1, y + width - 1], 255)
+    return np.asarray(large.reduce(4), np.float32) / 255
+
+
+def in_cell(rng, picture, shape, cell, gap: float) -> np.ndarray:
+    """Return the ink of the digit on a page of (height, width), anywhere in a cell (left, top, right, bottom)."""
+    left, top, right, bottom = (round(side + sign * gap) for side, sign in zip(cell, (1, 1, -1, -1), strict=True))
+    ink = traced(picture, int(min(right - left, bottom - top) * rng.uniform(0.45, 0.95)))
+    page = np.zeros(shape, np.float32)
+    page[top:bottom, left:right] = placed(rng, ink, right - left, bottom - top, 0)
+    return page
+
+
+def filled_in(rng, ink: np.ndarray, lines: np.ndarray) -> bytes:
+    """Return a form: printed lines and a pen, clean or a photo, straight or a little turned, either polarity."""
+    pen = rng.integers(0, 100, 3)
+    paper, print_colour = rng.integers(225, 256, 3), pen if rng.random() < 0.5 else rng.integers(0, 140, 3)
+    form = painted(ink, painted(lines, paper, print_colour), pen)
+    if rng.random() < 0.5:
+        turned = as_image(form).rotate(rng.uniform(-4, 4), Image.Resampling.BICUBIC, fillcolor=tuple(paper.tolist()))
+        form = np.asarray(turned, np.float32)
+    if rng.random() < 0.2:
+        form = 255 - form
+    if rng.random() < 0.5:
+        return encoded(form)
+    photo = noisy(rng, lit(rng, form, rng.uniform(0.6, 0.9)), rng.uniform(2, 6))
+    return encoded(photo, "JPEG", quality=int(rng.integers(70, 95)))
+
+
+def comb_cell(rng, digit):
+    """One to four cells of a comb, open at the top, the digit in one of them."""
+    height, count = int(rng.integers(120, 400)), int(rng.integers(1, 5))
+    width, thickness = height * rng.uniform(0.7, 1.1), rng.uniform(1.2, max(2, height / 35))
+    left, top = rng.uniform(10, 60, 2)
+    bottom, right = top + height, left + count * width
+    shape = int(bottom + rng.uniform(10, 60)), int(right + rng.uniform(10, 60))
+    tooth = bottom - height * rng.choice([1, rng.uniform(0.3, 1)])
+    lines = [(left, bottom, right, bottom)] + [(x, tooth, x, bottom) for x in left + width * np.arange(count + 1)]
+    cell = int(rng.integers(count))
+    ink = in_cell(rng, digit, shape, (left + cell * width, top, left + (cell + 1) * width, bottom), 3 + thickness)
+    return filled_in(rng, ink, straight(shape, lines, thickness))
+
+
+def box(rng, digit):
+    """A box around the digit, anywhere on the page."""
+    width, height = rng.uniform(100, 340, 2)
+    left, top = rng.uniform(8, 160, 2)
+    right, bottom, thickness = left + width, top + height, rng.uniform(1.2, 7)
+    shape = int(bottom + rng.uniform(8, 160)), int(right + rng.uniform(8, 160))
+    lines = [(left, top, right, top), (right, top, right, bottom), (right, bottom, left, bottom), (left, bottom, left, top)]
+    ink = in_cell(rng, digit, shape, (left, top, right, bottom), 3 + thickness)
+    return filled_in(rng, ink, straight(shape, lines, thickness))
+
+
+def form_cells(rng, digit):
+    """Rows of cells as in a form or a table, the digit in one of them, the lines ending on the page or beyond it."""
+    rows, columns = (int(count) for count in rng.integers(1, 5, 2))
+    width, height, thickness = *rng.uniform(70, 170, 2), rng.uniform(1.2, 4)
+    left, top = (rng.uniform(8, 50) if rng.random() < 0.6 else -rng.uniform(0, 0.4) * side for side in (width, height))
+    right, bottom = left + columns * width, top + rows * height
+    shape = tuple(int(end + rng.uniform(8, 50)) for end in (bottom, right))
+    lines = [(left, y, right, y) for y in top + height * np.arange(rows + 1)]
+    lines += [(x, top, x, bottom) for x in left + width * np.arange(columns + 1)]
+    row, column = int(rng.integers(top < 0 and rows > 1, rows)), int(rng.integers(left < 0 and columns > 1, columns))
+    left, top = left + column * width, top + row * height
+    ink = in_cell(rng, digit, shape, (max(left, 0), max(top, 0), left + width, top + height), 3 + thickness)
+    return filled_in(rng, ink, straight(shape, lines, thickness))
+
+
+def dark_border(rng, digit):
+    """A thick dark border, or a light one around a dark page, that reaches the picture's edges."""
+    width, height = (int(side) for side in rng.integers(240, 600, 2))
+    border = (min(width, height) * rng.uniform(0.02, 0.14) * rng.choice([np.ones(4), rng.uniform(0.6, 1.4, 4)])).round()
+    left, top, right, bottom = (int(side) for side in np.maximum(border, 2) * (1, 1, -1, -1) + (0, 0, width, height))
+    ink = in_cell(rng, digit, (height, width), (left, top, right, bottom), 0.08 * min(right - left, bottom - top))
+    paper, pen, frame = int(rng.integers(200, 256)), gray_pen(rng), rng.integers(0, 90, 3)
+    picture = np.broadcast_to(np.float32(frame), (height, width, 3)).copy()
+    picture[top:bottom, left:right] = painted(ink, (paper,) * 3, pen)[top:bottom, left:right]
+    if rng.random() < 0.2:
+        picture = 255 - picture
+    if rng.random() < 0.5:
+        return encoded(picture)
+    picture = noisy(rng, lit(rng, blurred(picture, rng.uniform(0, 1.5)), rng.uniform(0.7, 1)), rng.uniform(0, 5))
+    return encoded(picture, "JPEG", quality=int(rng.integers(60, 95)))
+
+
+def underlined(rng, digit):
+    """A short line below the digit, or two, as for a signature or a price."""
+    width, height = (int(side) for side in rng.integers(180, 500, 2))
+    ink = traced(digit, int(min(width, height) * rng.uniform(0.25, 0.6)))
+    side = max(ink.shape)
+    thickness = rng.uniform(1.2, max(3, side / 14))
+    below = thickness / 2 + max(4, side * rng.uniform(0.04, 0.3))
+    top = int(rng.uniform(4, height - ink.shape[0] - below - 2 * thickness - 6))
+    length = min(side * rng.uniform(1.05, 2.5), width - 8)
+    line_left = rng.uniform(4, width - length - 4)
+    left = line_left + (length - ink.shape[1]) * rng.uniform(0.1, 0.9)
+    left = int(np.clip(left, 0, width - ink.shape[1]))
+    page = np.zeros((height, width), np.float32)
+    page[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
+    y = top + ink.shape[0] + below
+    lines = [(line_left, y, line_left + length, y)]
+    if rng.random() < 0.2:
+        lines.append((line_left, y + 2.5 * thickness, line_left + length, y + 2.5 * thickness))
+    return filled_in(rng, page, straight(page.shape, lines, thickness))
+
+
+def faint_on_uneven_light(rng, digit):
+    """Ink 12 % darker than its paper, whose brightness falls by a third across the picture, with a sensor's noise."""
+    width, height = (int(side) for side in rng.integers(280, 520, 2))
+    ink = placed(rng, traced(digit, int(min(width, height) * rng.uniform(0.4, 0.75))), width, height, 10)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j].astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = np.cos(angle) * x + np.sin(angle) * y
+    light = 1 - (slope - slope.min()) / np.ptp(slope) * rng.uniform(0.25, 0.38)
+    page = rng.uniform(160, 240) * light * (1 - rng.uniform(0.1, 0.14) * ink)
+    page = noisy(rng, page, rng.uniform(1, 5))
+    return encoded(page) if rng.random() < 0.5 else encoded(page, "JPEG", quality=int(rng.integers(80, 96)))
+
+
+def tight_crop(rng, digit):
+    """The digit cut out along its own ink, with 0 to 3 pixels around it, dark on light or light on dark."""
+    ink = np.pad(traced(digit, int(rng.integers(60, 260))), int(rng.integers(4)))
+    if rng.random() < 0.3:
+        ink = np.pad(dilated(ink, int(rng.integers(1, 4))), 0)
+    picture = painted(ink, rng.integers(215, 256, 3), rng.integers(0, 60, 3))
+    picture = noisy(rng, 255 - picture if rng.random() < 0.5 else picture, rng.choice([0, 3]))
+    return encoded(picture) if rng.random() < 0.5 else encoded(picture, "JPEG", quality=int(rng.integers(75, 96)))
+
+
+def pencil_on_squares(rng, digit):
+    """Gray pencil on squared paper, drawn with a thin line, under uneven light, turned a little."""
+    gray, spacing = int(rng.integers(165, 215)), int(rng.integers(18, 40))
+    page = ruled(rng, 800, 600, (232, 234, 230), (gray, gray + 4, gray), spacing, True)
+    line = traced(digit, int(rng.integers(200, 400))) > 0.5
+    line = dilated(np.float32(thinned(line)), int(rng.integers(2, 5)))
+    photo = painted(placed(rng, line, 800, 600, 30), page, [int(rng.integers(70, 125))] * 3)
+    photo = noisy(rng, lit(rng, tilted(rng, photo, 0.03), 0.7), rng.uniform(2, 5))
+    return encoded(photo, "JPEG", quality=int(rng.integers(75, 95)))
+
+
 KINDS = (
     paint_program, white_on_black, phone_photo, hard_shadow, faint_pencil, ruled_paper, squared_paper, dark_rules,
     coloured_ink, transparent_dark, transparent_light, small_with_dirt, thin_pen, thick_marker, framed, window,
     sixteen_bit, tiny, shifted_mnist, cmyk_jpeg, palette_gif, turned_by_exif, broken_strokes, jpeg_blocks,
     salt_and_pepper, on_a_table, at_the_edge, printed,
     scan_with_shadow, large_photo,
+    comb_cell, box, form_cells, dark_border, underlined, faint_on_uneven_light, tight_crop, pencil_on_squares,
 )  # fmt: skip
 
 
