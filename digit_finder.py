@@ -17,7 +17,7 @@ def find_digit(pixels: np.ndarray) -> np.ndarray:
 
     The ink is (height, width) float32, from 0 on paper to 1. Raises NoDigitError when there is none.
     """
-    ink = without_frames(without_ruled_lines(ink_on_paper(*page(pixels))))
+    ink = without_frames(without_ruled_lines(denoised(ink_on_paper(*page(pixels)))))
     return strokes(*digit_in(ink))
 
 
@@ -73,8 +73,8 @@ def page_in(value: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, int]:
         return hull, 0
     # The page ends at once, unlike light that fades.
     contrast = abs(np.median(value[region]) - np.median(value[others.labels == content]))
-    near, far = (step_at_border(value, hull, reach) for reach in (1, 4))
-    return hull, int(holes[content]) if near > max(0.12 * contrast, 0.6 * far) else 0
+    near, far = (step_at_border(value, hull, reach) for reach in (2, 6))
+    return hull, int(holes[content]) if near > max(0.12 * contrast, 0.75 * far) else 0
 
 
 def step_at_border(value: np.ndarray, region: np.ndarray, reach: int) -> float:
@@ -93,28 +93,50 @@ def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     image = as_image(pixels)
     scale = PAPER_GRID / max(image.size)
     grid = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
-    # A median keeps slopes and straight edges of light and shadow, and takes out strokes, which fill less than half.
-    uneven = np.asarray(grid.filter(ImageFilter.MedianFilter(15)), np.float32).reshape(grid.height, grid.width, -1)
+    cells = np.asarray(grid, np.float32).reshape(grid.height, grid.width, -1)
     rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    even = np.broadcast_to(np.median(rim, axis=0).astype(np.float32), uneven.shape)
     step = -(-max(image.size) // 128)
     sample = pixels[::step, ::step].astype(np.float32)
-    tries = []
-    for paper in (uneven, even):
+
+    def tried(paper):
         difference = sample - enlarged(paper, sample.shape[1::-1]).reshape(sample.shape)
         axis = main_axis(difference)
         value = difference @ axis
         axis = axis if (value * value * value).sum() > 0 else -axis  # Ink is the side with the few large values.
         threshold, separation = otsu(difference @ axis)
-        tries.append((separation, (difference @ axis > threshold).sum(), paper, axis))
-    paper, axis = tries[0][2:]
+        mask = difference @ axis > threshold
+        at_rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
+        return separation, mask.sum(), paper, axis, threshold, at_rim
+
+    # A median keeps slopes and straight edges of light and shadow, and takes out strokes, which fill less than half.
+    uneven = tried(np.asarray(grid.filter(ImageFilter.MedianFilter(15)), np.float32).reshape(cells.shape))
+    even = tried(np.broadcast_to(np.median(rim, axis=0).astype(np.float32), cells.shape))
+    sloping = uneven
+    for _ in range(3):
+        sloping = tried(slope(cells, (cells - sloping[2]) @ sloping[3] < sloping[4] / 2))
+    paper, axis = uneven[2:4]
+    global LOG
+    LOG = uneven[:2], sloping[:2], even[:2]
     # Thick strokes fill more than half somewhere: then even paper separates better, with a little more ink, not a
     # shadow's worth of it. Where light is uneven, less of the rim, or nearly nothing inside, is as bright as the paper.
-    at_rim, anywhere = (np.abs((colours - even[0, 0]) @ tries[1][3]) for colours in (rim, sample))
+    at_rim, anywhere = (np.abs((colours - even[2][0, 0]) @ even[3]) for colours in (rim, sample))
     is_even = max(np.percentile(at_rim, 75), np.percentile(anywhere, 25)) < 0.1 * anywhere.max()
-    if is_even and tries[1][0] > tries[0][0] and tries[1][1] < 2.5 * tries[0][1]:
-        paper, axis = tries[1][2:]
+    if is_even and even[0] > uneven[0] and even[1] < 2.5 * uneven[1]:
+        paper, axis = even[2:4]
+    elif sloping[0] > uneven[0] and sloping[1] < 1.5 * uneven[1] and sloping[5] <= uneven[5] + 0.01:
+        paper, axis = sloping[2:4]
     return (pixels @ axis - enlarged((paper @ axis)[..., None], image.size)) * inside
+
+
+SLOPING = True
+
+
+def slope(cells: np.ndarray, paper: np.ndarray) -> np.ndarray:
+    """Return the smooth surface, of second order, that fits those cells best that are paper."""
+    y, x = np.indices(cells.shape[:2]) / np.float32(PAPER_GRID)
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    fit = np.linalg.lstsq(terms[paper.ravel()], cells.reshape(len(terms), -1)[paper.ravel()], rcond=None)[0]
+    return (terms @ fit).reshape(cells.shape).astype(np.float32)
 
 
 def enlarged(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -167,6 +189,16 @@ def faintest(ink: np.ndarray) -> float:
     """Return three standard deviations of the noise, and not less than 8 gray levels."""
     # Of normal noise, a quarter is within 0.32 standard deviations; a quarter of the picture or more is paper.
     return max(9.4 * float(np.percentile(np.abs(ink[::2, ::2]), 25)), 8.0)
+
+
+def denoised(ink: np.ndarray) -> np.ndarray:
+    """Return the ink smoothed, where it is so faint that a sensor's noise tears it."""
+    noise = float(np.median(np.abs(np.diff(ink)))) / 0.954  # Of normal noise: 0.6745 times the square root of 2.
+    strong = ink[ink > faintest(ink)]
+    if not strong.size:
+        return ink
+    level = float(strong @ strong / strong.sum())
+    return ndimage.gaussian_filter(ink, 1.5) if level < 16 * noise else ink
 
 
 def without_ruled_lines(ink: np.ndarray) -> np.ndarray:
@@ -242,7 +274,8 @@ def without_frames(ink: np.ndarray) -> np.ndarray:
             beside[part] = True
         else:
             gap, least, enough = (above_or_below, 0.04, 1.3) if flat(parts, part) else (left_or_right, 0.1, 1.6)
-            beside[part] = gap > least * side or parts.side[part] > enough * side
+            thin = thickness[part] < 0.5 * thickness[digit]
+            beside[part] = thin or gap > least * side or parts.side[part] > enough * side
     return np.where(ndimage.maximum_filter(beside[parts.labels], 3), 0, ink)
 
 
@@ -253,11 +286,13 @@ def flat(parts, part):
 def straight_lines(shape: np.ndarray) -> int:
     """Return of how many thin, straight, level or upright lines a shape is made; 0 when there is more to it."""
     count = covered = 0
-    side = max(shape.shape)
+    thickness = stroke_thickness(shape)
+    if thickness > max(shape.shape) / 10:
+        return 0
     for mask in (shape, shape.T):
-        pieces = Parts(mask & (run_lengths(mask) <= max(3, side // 12)))
+        pieces = Parts(mask & (run_lengths(mask) <= 1.6 * thickness + 1))
         wide, high = pieces.right - pieces.left, pieces.bottom - pieces.top
-        straight = (wide > max(8, 0.12 * side)) & (high <= 0.14 * wide + pieces.area / np.maximum(wide, 1) + 1)
+        straight = (wide > 4 * thickness) & (high <= 0.14 * wide + 1.5 * thickness + 1)
         count += straight.sum()
         covered += pieces.area[straight].sum()
     return int(count) if covered > 0.8 * shape.sum() else 0
