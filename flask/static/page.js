@@ -123,7 +123,8 @@ function show({ Prediction, Probabilities, ModelVersion, Engine, Milliseconds, I
     row.cells[1].style.setProperty("--probability", probability ?? 0);
     row.cells[2].textContent = Probabilities ? percent(probability) : "–";
   });
-  say(stroke ? "" : sentence); // A screen reader reads out each change: none while the pen moves.
+  // A screen reader reads out each change: none before the pen is up and its last stroke answered.
+  say(stroke || changed ? "" : sentence);
 }
 
 function say(sentence) {
