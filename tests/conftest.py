@@ -184,8 +184,8 @@ class FlaskServer:
 
 
 @contextmanager
-def flask_server(log, repository, *options, host=HOST, port=None, program=(SERVER,)):
-    """Start flask/server.py, wait until it answers, and stop it at the end if the test did not; any port by default."""
+def flask_server(log, repository, *options, host=HOST, port=None, program=(ROOT / "flask" / "server.py",)):
+    """Start flask/server.py on a free port, wait until it answers and stop it at the end, if the test did not."""
     port = port or free_ports(1)[0]
     command = [sys.executable, *program, f"--port={port}", "--model-repository", repository]
     # A process group of its own, so that a test can press Ctrl-C.

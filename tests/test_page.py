@@ -19,7 +19,7 @@ from mnist_preprocess import HOST, ROOT, SAMPLE_IMAGE
 CHROMIUM = shutil.which("chromium")
 # Strokes on a pad of 448x448, as the page sends it.
 SEVEN = [[(130, 120), (330, 112), (300, 200), (230, 300), (205, 370)]]
-ONE = [[(215, 370), (240, 80)]]  # Upwards: where a finger would move the page, were it not drawing.
+ONE = [[(165, 370), (285, 80)]]  # Upwards: where a finger would move the page, were it not drawing.
 ZERO = [[(224 + 95 * math.sin(turn * math.tau / 12), 224 - 140 * math.cos(turn * math.tau / 12)) for turn in range(13)]]
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 PHONE = {"viewport": NARROW, "has_touch": True, "is_mobile": True}
@@ -152,9 +152,9 @@ def test_reads_what_is_drawn(open_page, digit, strokes, pointer):
 
 def test_shows_answers_while_the_pen_moves(page):
     box = page.locator("#pad").bounding_box()
-    page.mouse.move(box["x"] + 230, box["y"] + 60)
+    page.mouse.move(box["x"] + 285, box["y"] + 80)
     page.mouse.down()
-    page.mouse.move(box["x"] + 210, box["y"] + 360, steps=20)
+    page.mouse.move(box["x"] + 165, box["y"] + 370, steps=20)
     expect_digit(page, "1")
     expect(page.locator("#status")).to_be_empty()  # A screen reader hears of it when the pen is up.
     page.mouse.up()
