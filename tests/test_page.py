@@ -32,11 +32,18 @@ def server(trained_repository, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def server_before_triton(trained_repository, triton, tmp_path_factory):
+    log = tmp_path_factory.mktemp("page") / "server.log"
+    with flask_server(log, trained_repository, f"--triton={triton.grpc_url}") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def browser():
     require(CHROMIUM, "needs a browser: apt-get install chromium")
-    flags = ["--disable-gpu", "--disable-quic", "--no-first-run"]
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False, args=flags)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False, args=["--disable-gpu"])
         yield browser
         browser.close()
 
@@ -131,8 +138,10 @@ def expect_nothing(page):
 @pytest.mark.parametrize(
     ("digit", "strokes", "pointer"), [("7", SEVEN, "mouse"), ("0", ZERO, "pen"), ("1", ONE, "touch")]
 )
-def test_reads_what_is_drawn(open_page, digit, strokes, pointer):
-    page = open_page(**PHONE if pointer == "touch" else {})
+@pytest.mark.parametrize(("server_name", "engine"), [("server", "LiteRT"), ("server_before_triton", "Triton at")])
+def test_reads_what_is_drawn(open_page, request, server_name, engine, digit, strokes, pointer):
+    port = request.getfixturevalue(server_name).port
+    page = open_page(port, **PHONE if pointer == "touch" else {})
     expect_nothing(page)
     draw(page, strokes, pointer)
     expect(page.locator("#status")).to_contain_text(re.compile(f"^({digit}|Perhaps {digit}),"))
@@ -145,9 +154,9 @@ def test_reads_what_is_drawn(open_page, digit, strokes, pointer):
     widths = page.eval_on_selector_all(".bar", "bars => bars.map(bar => getComputedStyle(bar, '::after').width)")
     assert widths.index(max(widths, key=lambda width: float(width.removesuffix("px")))) == int(digit)
     assert page.locator("#seen").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [28, 28]
-    assert page.locator("#engine").inner_text().startswith("LiteRT")
+    assert page.locator("#engine").inner_text().startswith(engine)
     assert page.locator("#version").inner_text() == "1"
-    assert re.fullmatch(r"\d+\.\d ms", page.locator("#time").inner_text())
+    assert re.fullmatch(r"\d+\.\d\d ms", page.locator("#time").inner_text())
 
 
 def test_shows_answers_while_the_pen_moves(page):
@@ -309,7 +318,7 @@ def test_survives_a_server_that_goes_away_and_comes_back(open_page, trained_repo
     expect(page.locator("#digit")).to_be_empty()
     kept = drawing(page)
     with flask_server(tmp_path / "second.log", trained_repository, port=server.port):
-        expect(page.locator("#digit")).to_have_text("7", timeout=20_000)  # By itself.
+        expect(page.locator("#digit")).to_have_text("7")  # By itself.
         assert drawing(page) == kept
 
 

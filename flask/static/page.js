@@ -114,7 +114,7 @@ function show({ Prediction, Probabilities, ModelVersion, Engine, Milliseconds, I
   find("digit").textContent = Prediction ?? "";
   find("engine").textContent = Engine ?? "–";
   find("version").textContent = ModelVersion ?? "–";
-  find("time").textContent = Engine ? `${Milliseconds.toFixed(1)} ms` : "–";
+  find("time").textContent = Engine ? `${Milliseconds.toFixed(2)} ms` : "–";
   find("seen").hidden = !Input;
   find("seen").src = Input ?? "data:,";
   [...find("bars").rows].forEach((row, digit) => {
