@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import flask_server, require
+from conftest import flask_server, free_ports, require
 from playwright.sync_api import expect, sync_playwright
 
 from mnist_preprocess import HOST, ROOT, SAMPLE_IMAGE
@@ -304,6 +304,17 @@ def test_says_what_is_wrong_in_the_servers_sentence(page, server, tmp_path):
     expect(page.locator("#digit")).to_be_empty()
     expect(page.locator("#seen")).to_be_hidden()
     assert set(page.locator("#bars .percent").all_inner_texts()) == {"\N{EN DASH}"}
+
+
+def test_says_that_triton_is_away_and_keeps_the_drawing(open_page, trained_repository, tmp_path):
+    (nowhere,) = free_ports(1)
+    with flask_server(tmp_path / "server.log", trained_repository, f"--triton={HOST}:{nowhere}") as server:
+        page = open_page(server.port)
+        draw(page, SEVEN)
+        expect(page.locator("#status")).to_contain_text("Your picture is kept")
+        status, answer = ask(server, SAMPLE_IMAGE.read_bytes())
+        assert status == 503
+        assert answer["Error"] in page.locator("#status").inner_text()
 
 
 def test_survives_a_server_that_goes_away_and_comes_back(open_page, trained_repository, tmp_path):
