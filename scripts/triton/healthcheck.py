@@ -1,7 +1,7 @@
 """Ask every model that Triton serves for one inference, of zeros: Docker's HEALTHCHECK, run in the container.
 
-Triton calls a model ready whose process is dead; this leaves with status 1 then, and where no answer comes.
-A refusal is an answer: a model need not take zeros.
+Triton calls a model ready whose process is dead; this leaves with status 1 then, and where no answer comes. A refusal
+is an answer: a model need not take zeros.
 """
 
 import json
@@ -30,6 +30,11 @@ def zeros(metadata):
         data = [ZEROS.get(tensor["datatype"], 0)] * min(prod(shape), LARGEST + 1)
         inputs.append({"name": tensor["name"], "datatype": tensor["datatype"], "shape": shape, "data": data})
     return inputs
+
+
+def instances(config):
+    """Return how many processes run a model: Triton gives them requests in turn, so that one alone may be dead."""
+    return sum(group["count"] * max(1, len(group.get("gpus", []))) for group in config["instance_group"])
 
 
 def main():
