@@ -1,7 +1,7 @@
 """A rolling update as in a cluster: Flask asks three real Tritons by gRPC, each gives way to one with a newer model.
 
 What Kubernetes does is done here by hand, in its order: the new pod is ready, the name in DNS gets its address and
-loses the old one's, the old pod gets the preStop pause and then SIGTERM. Pods are addresses of this machine, 127.0.0.2 on.
+loses the old one's, the old pod gets the preStop pause and then SIGTERM. Pods are addresses of this machine.
 """
 
 import json

@@ -1,0 +1,143 @@
+"""The images of scripts/kubernetes with a real Docker engine, built as its README says, restricted as its pods are."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+import urllib.request
+
+import pytest
+import test_docker_engine
+import yaml
+from conftest import START_SECONDS, free_ports
+from test_docker_engine import NVIDIA_IMAGE, docker
+
+from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE
+
+FOLDER = ROOT / "scripts" / "kubernetes"
+NETWORK = "mnist-kubernetes"
+BUILDS = re.findall(r"^docker build .*$", (FOLDER / "README.md").read_text(), re.M)
+PYTHON_IMAGE = re.search(r"^ARG PYTHON_IMAGE=(.*)$", (ROOT / "flask" / "Dockerfile").read_text(), re.M)[1]
+
+image = test_docker_engine.image  # The stand-in for NVIDIA's image, and for Python's.
+
+
+def manifest(name):
+    """Return the pod's specification and the container's in the Deployment of that name."""
+    documents = yaml.safe_load_all((FOLDER / "base" / f"{name}.yaml").read_text())
+    [spec] = [each["spec"]["template"]["spec"] for each in documents if each["kind"] == "Deployment"]
+    return spec, spec["containers"][0]
+
+
+def run(name, image, alias):
+    """Start a container under the restrictions that the manifest sets, with its arguments; publish its first port."""
+    spec, container = manifest(name)
+    context, own = spec["securityContext"], container["securityContext"]
+    assert own["readOnlyRootFilesystem"] and not own["allowPrivilegeEscalation"]
+    [port] = free_ports(1)
+    options = [f"--user={context['runAsUser']}:{context['runAsGroup']}", "--read-only"]
+    options += [f"--cap-drop={each}" for each in own["capabilities"]["drop"]] + ["--security-opt=no-new-privileges"]
+    options.append(f"--memory={container['resources']['limits']['memory'].replace('Gi', 'g')}")
+    volumes = {volume["name"]: volume["emptyDir"]["sizeLimit"].replace("Mi", "m") for volume in spec["volumes"]}
+    for mount in container["volumeMounts"]:
+        size = volumes[mount["name"]]
+        shared = mount["mountPath"] == "/dev/shm"
+        options.append(f"--shm-size={size}" if shared else f"--tmpfs={mount['mountPath']}:size={size},mode=1777")
+    options.append(f"--publish={HOST}:{port}:{container['ports'][0]['containerPort']}")
+    options += [f"--network={NETWORK}", f"--network-alias={alias}", f"--name={NETWORK}-{name}"]
+    started = docker("run", "--detach", *options, image, *container["args"])
+    assert started.returncode == 0, started.stderr
+    return port
+
+
+def wait_until_ok(url, name):
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            if urllib.request.urlopen(url, timeout=10).status == 200:
+                return
+        except OSError:
+            assert time.monotonic() < deadline, docker("logs", f"{NETWORK}-{name}")
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def images(image, trained_repository, tmp_path_factory):
+    """The names of both images, built by the README's commands in a copy of the project that has a trained model."""
+    project = tmp_path_factory.mktemp("project")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if not name.startswith(("images/", "tests/", "model_repository/")):
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, project / name)
+    shutil.copytree(trained_repository, project / "model_repository")
+    for base in (NVIDIA_IMAGE, PYTHON_IMAGE):
+        if docker("image", "inspect", base).returncode != 0:
+            docker("tag", NVIDIA_IMAGE, base)
+    names = []
+    for command in BUILDS[:2]:
+        built = subprocess.run(shlex.split(command), cwd=project, capture_output=True, text=True)
+        assert built.returncode == 0, built.stdout + built.stderr
+        names += re.findall(r"--tag=(\S+)", command)
+    yield names
+    docker("image", "rm", *names, PYTHON_IMAGE)
+
+
+@pytest.fixture(scope="module")
+def ports(images):
+    """The ports of Triton and Flask on this machine; Flask finds Triton by the name that the Service has."""
+    docker("network", "create", NETWORK)
+    try:
+        triton = run("triton", images[0], "triton-grpc")
+        wait_until_ok(f"http://{HOST}:{triton}{manifest('triton')[1]['startupProbe']['httpGet']['path']}", "triton")
+        flask = run("flask", images[1], "flask")
+        wait_until_ok(f"http://{HOST}:{flask}{manifest('flask')[1]['readinessProbe']['httpGet']['path']}", "flask")
+        yield triton, flask
+    finally:
+        for name in ("triton", "flask"):
+            docker("rm", "--force", f"{NETWORK}-{name}")
+        docker("network", "rm", NETWORK)
+
+
+def test_flask_answers_through_triton(ports):
+    flask = manifest("flask")[1]
+    for path in (flask["startupProbe"]["httpGet"]["path"], "/metrics"):
+        assert urllib.request.urlopen(f"http://{HOST}:{ports[1]}{path}", timeout=10).status == 200
+    url = f"http://{HOST}:{ports[1]}/mnist_infer"
+    request = urllib.request.Request(url, SAMPLE_IMAGE.read_bytes(), {"content-type": "image/png"})
+    assert json.load(urllib.request.urlopen(request, timeout=10)) == {"Prediction": "7"}
+
+
+def test_the_front_holds_no_runtime(images):
+    packages = docker("run", "--rm", "--entrypoint=ls", images[1], "/opt/mnist/lib", "-R").stdout
+    assert "tritonclient" in packages
+    assert not re.search(r"^(tensorflow|ai_edge_litert|keras)$", packages, re.M)
+
+
+def test_both_run_with_nothing_that_they_do_not_need(ports):
+    for name in ("triton", "flask"):
+        container = f"{NETWORK}-{name}"
+        status = docker("exec", container, "cat", "/proc/1/status").stdout
+        assert re.search(r"^Uid:\t1000\t1000\t1000\t1000$", status, re.M)
+        assert re.search(r"^CapBnd:\t0+$", status, re.M) and re.search(r"^NoNewPrivs:\t1$", status, re.M)
+        assert docker("exec", container, "touch", "/opt/mnist/x").returncode != 0
+        state = docker("inspect", "--format", "{{.State.OOMKilled}} {{.HostConfig.Memory}}", container).stdout
+        assert state == f"false {1 << 30}\n"
+
+
+def test_the_probe_fails_when_one_stub_of_two_is_dead(ports):
+    triton = manifest("triton")[1]
+    probe = ["exec", f"{NETWORK}-triton", *triton["readinessProbe"]["exec"]["command"]]
+    assert docker(*probe).returncode == 0
+    top = docker("top", f"{NETWORK}-triton", "-eo", "pid,comm").stdout
+    stubs = [int(pid) for pid in re.findall(r"^ *(\d+) +triton_python", top, re.M)]
+    assert len(stubs) == 2
+    os.kill(stubs[0], 9)
+    for _ in range(triton["livenessProbe"]["failureThreshold"]):
+        assert docker(*probe).returncode == 1
+    # What Triton says of itself.
+    ready = urllib.request.urlopen(f"http://{HOST}:{ports[0]}/v2/models/{MODEL_NAME}/ready", timeout=10)
+    assert ready.status == 200
