@@ -31,7 +31,7 @@ def benchmark(*options):
 
 def test_a_short_run_measures_both_servers_and_their_floors(h2load, trained_repository, tmp_path):
     picture = tmp_path / "benchmark.png"
-    options = ("--clients", "1", "8", "--seconds=1", "--rounds=1", "--floor", "--photo", "--picture", picture)
+    options = ("--clients", "1", "4", "--seconds=2", "--rounds=1", "--floor", "--photo", "--picture", picture)
     result = benchmark(*options, "--model-repository", trained_repository)
     assert result.returncode == 0, result.stderr
 
@@ -39,7 +39,7 @@ def test_a_short_run_measures_both_servers_and_their_floors(h2load, trained_repo
     rows = {(row[0], int(row[1])): row[2:] for row in ROW.findall(result.stdout)}
     ways = ("Flask", "Flask, photo", "Triton HTTP", "Triton gRPC")
     constants = [f"{way}, constant" for way in ways]
-    assert rows.keys() == {(name, clients) for name in (*ways, *constants) for clients in (1, 8)}
+    assert rows.keys() == {(name, clients) for name in (*ways, *constants) for clients in (1, 4)}
     for (name, clients), (rate, p50, p99, errors, of_floor) in rows.items():
         assert int(rate) > 0 and 0 < float(p50) <= float(p99) and errors == "0"
         # So many clients, each of which waits for its answer: Little's law. Half of it, as a median is not a mean.

@@ -97,7 +97,7 @@ def flask_server(script, end, args):
     """Ask with an HTML form that uploads the picture as MNIST stores it, and with one that uploads a photo."""
     port = next(PORTS)
     digit = Image.fromarray(tensor()[0, :, :, 0].round().astype(np.uint8))
-    photo = Image.new("RGB", PHOTO_SIZE, "lightgray")
+    photo = Image.effect_noise(PHOTO_SIZE, 8).convert("RGB")  # A gray page, as grainy as a camera's.
     photo.paste("black", (1500, 1000), digit.resize((900, 900)))
     url, headers, ways = f"http://{HOST}:{port}/mnist_infer", {"content-type": "multipart/form-data; boundary=form"}, []
     for name, picture, file_format in [("Flask", digit, "PNG"), ("Flask, photo", photo, "JPEG")][: 1 + args.photo]:
