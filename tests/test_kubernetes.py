@@ -267,3 +267,23 @@ def test_triton_takes_the_arguments_and_has_the_paths_and_metrics(render, traine
     asked = metric_names(rule["seriesQuery"] + rule["metricsQuery"])
     assert asked == {"nv_inference_queue_duration_us", "nv_inference_request_success"}
     assert all(re.search(rf'^{name}{{model="{MODEL_NAME}",version="1"}} \d', metrics, re.M) for name in asked)
+
+
+def test_the_commands_in_the_readme_name_what_is_there(render):
+    objects = render("cpu")
+    commands = re.findall(r"^(?:kubectl|docker|helm) .*$", (FOLDER / "README.md").read_text(), re.M)
+    folders = {name for command in commands for name in re.findall(r"scripts/kubernetes/(\w+)(?:$|/)", command)}
+    assert folders == {"cpu", "gpu"} and all((FOLDER / name).is_dir() for name in folders)
+    namespaces = {name for command in commands for name in re.findall(r"^kubectl --namespace=(\w+)", command)}
+    assert namespaces == {name for kind, name in objects if kind == "Namespace"}
+    for command in commands:
+        for kind, name in re.findall(r"\b(deployment|service)/([\w-]+)", command):
+            assert (kind.capitalize(), name) in objects
+        for port in re.findall(r"port-forward service/flask \d+:(\d+)", command):
+            assert int(port) == objects["Service", "flask"]["spec"]["ports"][0]["port"]
+        for name in re.findall(r"set image deployment/triton (\w+)=", command):
+            assert name == container(objects, "triton")["name"]
+    built = {
+        image for command in commands if command.startswith("docker build") for image in command.split("--tag=")[1:]
+    }
+    assert {container(objects, name)["image"] for name in ("triton", "flask")} <= {each.split()[0] for each in built}
