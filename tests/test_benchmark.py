@@ -41,10 +41,12 @@ def test_a_short_run_measures_both_servers_and_their_floors(h2load, trained_repo
     constants = [f"{way}, constant" for way in ways]
     assert rows.keys() == {(name, clients) for name in (*ways, *constants) for clients in (1, 4)}
     for (name, clients), (rate, p50, p99, errors, of_floor) in rows.items():
-        assert int(rate) > 0 and 0 < float(p50) <= float(p99) and errors == "0"
+        assert 0 < float(p50) <= float(p99) and errors == "0"
         # So many clients, each of which waits for its answer: Little's law. Half of it, as a median is not a mean.
         assert float(p50) / 1000 * int(rate) < 2 * clients
-        if name in ways:
+        if "photo" in name:
+            assert bool(of_floor) == (name in ways)  # A photo takes so long that a rate has no digits to compare.
+        elif name in ways:
             floor = int(rows[f"{name}, constant", clients][0])
             assert float(of_floor) == pytest.approx(int(rate) / floor, rel=0.1, abs=0.02)
         else:

@@ -8,6 +8,7 @@ import tarfile
 import urllib.request
 import zipfile
 
+import engines
 import kubernetes_validate
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_a_pod_has_time_to_stop(render, overlay):
     pause = triton["lifecycle"]["preStop"]["sleep"]["seconds"]
     # gRPC varies the age of a connection by a tenth (https://grpc.io/docs/guides/keepalive, proposal A9).
     connection = 1.1 * int(argument(triton["args"], "grpc-max-connection-age")) / 1000
-    assert pause >= connection + server.DNS_SECONDS + DNS_CACHE_SECONDS
+    assert pause >= connection + engines.DNS_SECONDS + DNS_CACHE_SECONDS
     assert pod(objects, "triton")["spec"]["terminationGracePeriodSeconds"] >= pause + 30
     flask = container(objects, "flask")
     assert (

@@ -63,7 +63,7 @@ class Pod:
     """A Triton on an address of its own, started with the manifest's arguments."""
 
     def __init__(self, address, ports, repository, log):
-        self.address, self.ports = address, ports
+        self.address, self.ports, self.log = address, ports, log
         arguments = [each for each in CONTAINER["args"][1:] if not each.startswith("--model-repository=")]
         for service, port in ports.items():
             arguments += [f"--{service}-address={address}", f"--{service}-port={port}"]
@@ -73,7 +73,9 @@ class Pod:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
     def wait_until_ready(self):
-        wait_until_ok(f"http://{self.address}:{self.ports['http']}/v2/models/{MODEL_NAME}/ready", self.process)
+        wait_until_ok(
+            f"http://{self.address}:{self.ports['http']}/v2/models/{MODEL_NAME}/ready", self.process, self.log
+        )
 
     def answered(self):
         """Return how many requests it has answered."""
@@ -93,14 +95,14 @@ class Pod:
             self.process.wait(60)
 
 
-def wait_until_ok(url, process):
+def wait_until_ok(url, process, log):
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
             if urllib.request.urlopen(url, timeout=10).status == 200:
                 return
         except OSError:
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
 
 
@@ -157,11 +159,12 @@ def test_no_request_fails_while_each_triton_is_replaced(versions, tmp_path):
         [port] = free_ports(1)
         target = f"dns://{HOST}:{names.port}/triton-grpc:{ports['grpc']}"
         command = [sys.executable, ROOT / "flask" / "server.py", f"--port={port}", "--workers=2", f"--triton={target}"]
-        with (tmp_path / "flask.log").open("wb") as output:
+        log = tmp_path / "flask.log"
+        with log.open("wb") as output:
             flask = subprocess.Popen(command, stdout=output, stderr=output)
         stack.callback(flask.wait, 60)
         stack.callback(flask.terminate)
-        wait_until_ok(f"http://{HOST}:{port}/readyz", flask)
+        wait_until_ok(f"http://{HOST}:{port}/readyz", flask, log)
 
         clients = [threading.Thread(target=keep_asking, args=(port, enough, answers)) for _ in range(CLIENTS)]
         for client in clients:
