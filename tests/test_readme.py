@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -18,13 +19,17 @@ from mnist_preprocess import FLASK_PORT, HOST, ROOT, TRITON_GRPC_PORT, TRITON_HT
 
 README = (ROOT / "README.md").read_text()
 # Commands that serve until they are stopped, and the port that tells when they are ready.
-SERVERS = {"python flask/server.py": FLASK_PORT, "scripts/triton_local.sh": TRITON_HTTP_PORT}
-# Commands that another test runs, since they need more than this one has: a Docker host, an idle machine.
+SERVERS = {
+    "python flask/server.py": FLASK_PORT,
+    "scripts/triton_local.sh": TRITON_HTTP_PORT,
+    "python flask/server.py --port 5001 --triton 127.0.0.1:8001": 5001,
+}
+# Commands that another test runs, since they need more than this one has, such as a Docker host.
 ELSEWHERE = {
+    "./scripts/quickstart.sh": "test_quickstart.py",
     "./scripts/test.sh": "this very run",
     "./scripts/triton_cpu.sh --detach": "test_docker_engine.py",
     "docker stop triton_mnist": "test_docker_engine.py",
-    "scripts/benchmark.sh --floor": "test_benchmark.py",
 }
 
 
@@ -107,3 +112,12 @@ def test_each_command_answers_as_printed(copy, triton):  # `triton` has fetched 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
 def test_each_file_that_is_linked_is_there(target):
     assert target.startswith("https://") or Path(ROOT, target).exists()
+
+
+@pytest.mark.parametrize(
+    "listing", re.findall(r"^```(?:python|protobuf)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+)
+def test_each_listing_is_the_code_that_runs(listing):
+    files = [*ROOT.glob("*.py"), *ROOT.glob("flask/*.py"), *ROOT.glob("model_repository/*/config.pbtxt")]
+    indented = [textwrap.indent(listing, " " * width) for width in (0, 4, 8)]
+    assert any(text in file.read_text() for file in files for text in indented), listing
