@@ -106,6 +106,8 @@ class SavedModel:
         self._session_settings = session
         self.signature, self.inputs, self.outputs = _read_signature(self._path, tag, signature)
         self.runtime = f"TensorFlow on {device or 'the CPU'}"
+        if self.signature != SIGNATURE:
+            self.runtime += f", signature '{self.signature}'"
         self.twin = None
         if device is None and (tag, self.signature) == (TAG, SIGNATURE) and (self._path / TWIN).exists():
             if self._is_twin_mine():
@@ -145,10 +147,10 @@ class SavedModel:
                 return self._run_twin(inputs)
         self._check(inputs)
         if self.twin and not any(array.size for array in inputs.values()):
-            # As many rows as the inputs have, which add_twin() makes sure of.
-            return {
-                name: np.empty([size or 0 for size in shape], dtype) for name, (dtype, shape) in self.outputs.items()
-            }
+            shapes = {name: [size or 0 for size in spec.shape] for name, spec in self.outputs.items()}
+            if all(0 in shape for shape in shapes.values()):
+                # As many rows as the inputs have, which add_twin() makes sure of.
+                return {name: np.empty(shape, self.outputs[name].dtype) for name, shape in shapes.items()}
         return self._load_session()(inputs, tuple(outputs or self.outputs))
 
     def keeps_state(self) -> bool:
@@ -208,8 +210,11 @@ class SavedModel:
     def _is_twin_mine(self):
         """Tell whether the twin has the digest and the signature of this SavedModel; ModelError when it is damaged."""
         digests = self._path / DIGESTS
-        if digests.exists() and digests.read_text() != _digests(self._path):
-            return False
+        try:
+            if digests.exists() and digests.read_bytes() != _digests(self._path).encode():
+                return False
+        except OSError as error:
+            raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
         return _Interpreter(str(self._path / TWIN), threads=1).has_signature(self)
 
 
@@ -275,11 +280,6 @@ class _Interpreter:
             self._interpreter.set_tensor(index, arrays[name])
         self._interpreter.invoke()
         return {name: self._interpreter.get_tensor(index) for name, index in self._outputs}
-
-
-def _signature_shape(details):
-    """Return a tensor's shape with -1 for an open size; LiteRT leaves that one empty where no size is open."""
-    return details["shape_signature"] if len(details["shape_signature"]) else details["shape"]
 
 
 class _Session:
@@ -556,7 +556,7 @@ def _operations(path, tag, signature):
 
 def _compare(model, twin, refused):
     """Raise ModelError unless a SavedModel with this twin takes, refuses and answers what the model does."""
-    candidate = SavedModel(model._path, signature=SIGNATURE)
+    candidate = SavedModel(model._path, device="/CPU:0", signature=SIGNATURE)
     candidate.twin, candidate._session = str(twin), model._load_session()
     interpreter = _Interpreter(candidate.twin, threads=1)
     if not interpreter.has_signature(model):

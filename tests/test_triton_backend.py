@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +50,7 @@ output { name: "scaled" }
 output { name: "total" dims: [1] }
 output { name: "note" dims: [1] }
 """
+ONE_INSTANCE = "max_batch_size: 8 instance_group { count: 1 }"
 DOUBLE = """
 backend: "tensorflow"
 max_batch_size: 8
@@ -100,6 +104,28 @@ def lookup(load):
 @pytest.fixture(scope="module")
 def scale(load):
     return load("scale", SCALE)
+
+
+@pytest.fixture(scope="module")
+def twin(load, triton_repository):
+    """The model `double` with a LiteRT twin, under the name `twin`."""
+    shutil.copytree(triton_repository / "double", triton_repository / "twin")
+    path = triton_repository / "twin" / "1" / "model.savedmodel"
+    result = subprocess.run([sys.executable, ROOT / "saved_model.py", path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return load("twin", ONE_INSTANCE)["name"]
+
+
+def libraries(triton_repository, model):
+    """Return which files the processes that run a model have mapped, as one text."""
+    found = ""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{triton_repository / model}/" in (process / "cmdline").read_text():
+                found += (process / "maps").read_text()
+        except OSError:  # It is another user's, or has just ended.
+            continue
+    return found
 
 
 def infer(client_module, client, model, outputs=None, **arrays):
@@ -263,6 +289,19 @@ def test_one_bad_request_fails_alone(triton, lookup):
 def test_only_requested_outputs_are_sent(protocol, lookup):
     outputs = infer(*protocol, "lookup", outputs=["echo"], **lookup_rows(0, 1, 2, 3, 0, 1, 2, 3))
     assert set(outputs) == {"echo"}
+
+
+def test_a_twin_runs_without_tensorflow_until_it_is_asked_what_it_cannot_answer(triton, triton_repository, twin):
+    assert "twin_0_0: run by LiteRT on the CPU" in triton.log.read_text()
+    with triton.grpc as client:
+        for rows in (1, 3, 8, 2):
+            x = np.arange(2 * rows, dtype=np.float32).reshape(rows, 2)
+            assert (infer(grpc, client, twin, x=x)["y"] == 2 * x).all()
+        loaded = libraries(triton_repository, twin)
+        assert "litert" in loaded
+        assert "libtensorflow" not in loaded
+        assert np.isnan(infer(grpc, client, twin, x=np.full((1, 2), np.nan, np.float32))["y"]).all()
+    assert "libtensorflow" in libraries(triton_repository, twin)
 
 
 def test_mnist_digits(protocol):

@@ -19,6 +19,8 @@ from saved_model import SAVED_MODEL, TAG, ModelError, SavedModel, count_gpus
 
 DEFAULT_MAX_BATCH_SIZE = 4  # NVIDIA's backend gave it to a model that can batch and does not say how far.
 
+# The fields of a control input that hold its values, of which one is given; the data type is in the field's name.
+CONTROL_VALUES = ("int32_false_true", "fp32_false_true", "bool_false_true")
 MIXED_PRECISION = "auto_mixed_precision"
 TRUE = ("true", "on", "1")  # How NVIDIA's backend reads a truth value, in any case.
 
@@ -284,9 +286,6 @@ def _control_types(settings):
     return types
 
 
-CONTROL_VALUES = ("int32_false_true", "fp32_false_true", "bool_false_true")
-
-
 def _batch_input_types(settings):
     """Return the data type of each input that is made here, from how many elements the requests have."""
     return {name: tensor["data_type"] for tensor in settings.get("batch_input", []) for name in tensor["target_name"]}
@@ -407,7 +406,7 @@ def _check(settings, model):
                 f"sequence control '{name}': the model expects {expected} but the model configuration specifies "
                 f"data-type {data_type}",
             )
-        _check_tensor(settings, "sequence control", name, spec, data_type, [1], exact=True)
+        _check_dims(settings, name, spec, [1], exact=True)
     for name, data_type in made_here.items():
         _check_type(settings, "batch input", name, model.inputs[name], data_type)
     scattered = {name for output in settings.get("batch_output", []) for name in output["target_name"]}
@@ -417,18 +416,16 @@ def _check(settings, model):
             spec = specs[name]
             if tensor.get("optional"):
                 raise _refusal(settings, f"{side} '{name}': a SavedModel has no optional inputs")
-            if tensor.get("allow_ragged_batch"):
-                if spec.shape != (None,):
-                    raise _refusal(
-                        settings,
-                        "configuration expects model provides input with shape [-1] for ragged input "
-                        f"'{name}', model provides {_written(spec.shape)}",
-                    )
-                _check_type(settings, side, name, spec, tensor["data_type"])
-            elif name in scattered:
-                _check_type(settings, side, name, spec, tensor["data_type"])
-            else:
-                _check_tensor(settings, side, name, spec, tensor["data_type"], dims, exact=side == "output")
+            ragged = tensor.get("allow_ragged_batch")
+            if ragged and spec.shape != (None,):
+                raise _refusal(
+                    settings,
+                    "configuration expects model provides input with shape [-1] for ragged input "
+                    f"'{name}', model provides {_written(spec.shape)}",
+                )
+            _check_type(settings, side, name, spec, tensor["data_type"])
+            if not ragged and name not in scattered:
+                _check_dims(settings, name, spec, dims, exact=side == "output")
 
 
 def _check_type(settings, side, name, spec, data_type):
@@ -439,9 +436,8 @@ def _check_type(settings, side, name, spec, data_type):
         )
 
 
-def _check_tensor(settings, side, name, spec, data_type, dims, exact):
-    """Compare a tensor's data type and dims with the signature; `exact` ones do not narrow an open size down."""
-    _check_type(settings, side, name, spec, data_type)
+def _check_dims(settings, name, spec, dims, exact):
+    """Compare a tensor's dims with the signature; `exact` ones may not narrow an open size down."""
     if spec.shape is None:
         return
     expected, batched = _sizes(spec.shape), settings["max_batch_size"] > 0
@@ -486,10 +482,9 @@ def _warn_of_settings(settings, device):
     name = settings["name"]
     if _shares_sessions(settings):
         pb_utils.Logger.log_warn(f"{name}: MAX_SESSION_SHARE_COUNT is ignored, each instance has a session of its own")
-    accelerators = (
-        settings.get("optimization", {}).get("execution_accelerators", {}).get("gpu_execution_accelerator", [])
-    )
-    ignored = [tensor["name"] for tensor in accelerators if not device or tensor["name"] != MIXED_PRECISION]
+    ignored = [
+        accelerator for accelerator in _gpu_accelerators(settings) if not device or accelerator != MIXED_PRECISION
+    ]
     if ignored:
         where = "on GPU by this TensorFlow" if device else "for model instance on CPU"
         pb_utils.Logger.log_warn(f"{name}: GPU Execution Accelerator {_quoted(ignored)} will be ignored {where}")
