@@ -204,8 +204,8 @@ def ragged():
 
 def save_counter(repository):
     """Publish a model that counts its calls from 1, by the sum of what they ask for."""
-    count = tf.Variable(0.0)
-    save(repository, "counter", lambda x: {"count": count.assign_add(x)}, variables=[count], x=([], tf.float32))
+    count = tf.Variable([0.0])
+    save(repository, "counter", lambda x: {"count": count.assign_add(x)}, variables=[count], x=([1], tf.float32))
 
 
 def save_corners(repository):

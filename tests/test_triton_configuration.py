@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ask, is_ready, model_server, stub
+from conftest import ask, model_server, stub
 from tritonclient.utils import InferenceServerException
 
 from saved_model import SAVED_MODEL
@@ -264,7 +264,9 @@ def test_graph_level_runs_the_compiler(models):
 
 
 def test_file_of_the_model_may_have_another_name(models):
-    model = models.add("other_name", "double_lite", 'backend: "tensorflow" default_model_filename: "other.savedmodel"')
+    model = models.add(
+        "other_name", "double_lite", 'platform: "tensorflow_savedmodel" default_model_filename: "other.savedmodel"'
+    )
     (model / "1" / SAVED_MODEL).rename(model / "1" / "other.savedmodel")
     assert models.load("other_name")["default_model_filename"] == "other.savedmodel"
     assert ask(models, "other_name", {"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[2, 2]]
@@ -299,7 +301,8 @@ def test_broken_copies_are_told_so_and_leave_the_server_alone(models, how, named
     sentences = {refusal(lambda *_: models.load(name), None, None) for _ in range(3)}
     assert all(named in sentence for sentence in sentences)
     assert models.process.poll() is None
-    assert is_ready(models)
+    with models.http as client:
+        assert client.is_server_live()
 
 
 @pytest.mark.parametrize(
