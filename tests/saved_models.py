@@ -4,6 +4,7 @@ Many are made as TensorFlow 1 makes them, with a session, a builder and signatur
 names: that is what old model repositories hold. Only the models are written, a test gives them their configuration.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -202,6 +203,14 @@ def ragged():
     return inputs, {f"{name}_OUT": tf.tile(value[None, :], [rows, 1]) for name, value in inputs.items()}
 
 
+def with_offset():
+    """Return a graph that adds its variable to x; its operation `set_offset` makes that 7."""
+    inputs = {"x": v1.placeholder(tf.float32, [None, 2], "TENSOR_X")}
+    offset = v1.get_variable("offset", [], initializer=tf.zeros_initializer(), use_resource=True)
+    v1.assign(offset, 7, name="set_offset")
+    return inputs, {"y": inputs["x"] + offset}
+
+
 def save_counter(repository):
     """Publish a model that counts its calls from 1, by the sum of what they ask for."""
     count = tf.Variable([0.0])
@@ -270,6 +279,10 @@ def main(repository):
     save_graph(repository, "reshape", identity(tf.float32, [None, 4, 1, 2], [None]))
     save_graph(repository, "fixed", identity(tf.float32, [1, 2]))
     save_graph(repository, "ragged", ragged)
+    save_graph(repository, "with_offset", with_offset)
+    Path(repository, "with_offset", "init_ops.json").write_text('{"init_ops": ["set_offset"]}')
+    # Any shared library will do for one with operations.
+    shutil.copy(np.random.mtrand.__file__, Path(repository, "with_offset", "operations.so"))
     for control in SEQUENCE_DTYPES:
         save_graph(repository, f"sequence_{control}", sequence(control, batched=True))
         save_graph(repository, f"sequence_{control}_nobatch", sequence(control, batched=False))
