@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import uuid
@@ -232,16 +233,22 @@ def test_killed_part_takes_all_with_it(victim, trained_repository, tmp_path, mon
 
 
 def test_project_and_models_in_folders_of_any_name(trained_repository, tmp_path, monkeypatch):
-    folder = tmp_path / "Übung: 1 [x] $y 'z' \"q\""
+    folder = tmp_path / "Übung 1 [x] $y 'z' \"q\""
     folder.mkdir()
     script = copy_project(folder)
     shutil.copytree(trained_repository / MODEL_NAME, folder / "model_repository" / MODEL_NAME, dirs_exist_ok=True)
     wheel = next((ROOT / ".triton").glob("nvidia-pytriton-*"))
     shutil.copytree(wheel, folder / ".triton" / wheel.name, ignore=shutil.ignore_patterns("backends-*"))
     (folder / "other: models ü").symlink_to(trained_repository)
+    # An environment of a Python in such a folder, as setup.sh makes it where uv has fetched one, with our packages.
+    (folder / "ü").symlink_to(sys.base_prefix)
+    environment = folder / ".venv"
+    subprocess.run([folder / "ü" / "bin" / "python3", "-m", "venv", "--without-pip", environment], check=True)
+    [packages] = environment.glob("lib/python3*/site-packages")
+    (packages / "ours.pth").write_text(sysconfig.get_path("purelib"))
     monkeypatch.setenv("LC_ALL", "C")
     for options in ((), ("--model-repository", folder / "other: models ü")):
-        server = start_triton(tmp_path / "triton.log", *options, script=script)
+        server = start_triton(tmp_path / "triton.log", *options, script=script, python=str(environment))
         try:
             with server.http as client:
                 assert client.is_model_ready(MODEL_NAME)

@@ -26,7 +26,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,6 +198,22 @@ def plain(folder):
     return f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}"
 
 
+@contextmanager
+def python_folder():
+    """Give the folder of a python3 from which the stub finds this Python's packages."""
+    folder = Path(sys.executable).parent  # In the folder above it, Python looks for its environment.
+    if sys.prefix == sys.base_prefix or sys.base_prefix.isascii():
+        yield f"{plain(folder.parent)}/{folder.name}"
+        return
+    # The environment names the Python that it was made from, and the stub cannot read that name: make one like it.
+    with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as environment:
+        Path(environment, "pyvenv.cfg").write_text(f"home = {plain(sys.base_prefix)}/bin\n")
+        Path(environment, "lib").symlink_to(Path(sys.prefix, "lib"))
+        Path(environment, "bin").mkdir()
+        Path(environment, "bin", "python3").symlink_to(Path(sys.base_prefix, "bin", "python3"))
+        yield f"{environment}/bin"
+
+
 def is_serving(addresses):
     """Return whether Triton listens; it begins when it has loaded the models."""
     for address in addresses:
@@ -309,10 +325,10 @@ def main(arguments):
     # The stub takes its packages from the python3 on PATH, and loads that Python's shared library.
     libraries = [plain(triton / "nvidia_pytriton.libs"), plain(library), os.environ.get("LD_LIBRARY_PATH")]
     environment = {"TF_CPP_MIN_LOG_LEVEL": "1"} | os.environ
-    programs = Path(sys.executable).parent  # In the folder above, Python looks for its environment.
-    environment["PATH"] = f"{plain(programs.parent)}/{programs.name}:{os.environ['PATH']}"
-    environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
-    return serve(command, environment, addresses.values())
+    with python_folder() as programs:
+        environment["PATH"] = f"{programs}:{os.environ['PATH']}"
+        environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
+        return serve(command, environment, addresses.values())
 
 
 if __name__ == "__main__":
