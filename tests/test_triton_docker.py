@@ -54,7 +54,8 @@ class Machine:
         return [shlex.split(line) for line in record.read_text().splitlines()] if record.exists() else []
 
     def environment(self, **variables):
-        return {"PATH": str(self.bin), "HOME": str(self.folder)} | variables
+        # In other locales the shell quotes an umlaut in a way that shlex does not read.
+        return {"PATH": str(self.bin), "HOME": str(self.folder), "LC_ALL": "C.UTF-8"} | variables
 
     def run(self, device, *arguments, **variables):
         command = [SCRIPTS[device], *arguments]
