@@ -11,6 +11,7 @@ import multiprocessing
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -142,18 +143,32 @@ class TritonEngine:
         """Do nothing: Triton looks for new versions."""
 
     def predict(self, batch):
-        tensor = self._grpc.InferInput(INPUT_NAME, batch.shape, "FP32")
-        tensor.set_data_from_numpy(batch)
         try:
-            result = self._client.infer(MODEL_NAME, [tensor], client_timeout=TRITON_SECONDS)
+            result = self._infer(batch, time.monotonic() + TRITON_SECONDS)
             probabilities = result.as_numpy(OUTPUT_NAME)
         except (self._grpc.InferenceServerException, ValueError) as error:
-            away = str(getattr(error, "status", str)()) in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED")
-            reason = "does not answer" if away else f"has no answer: {' '.join(str(error).split())}"
-            raise EngineError(f"{self.name} {reason}; ask again in a moment") from error
+            if is_status(error, "UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                raise EngineError(f"{self.name} does not answer; ask again in a moment") from error
+            raise EngineError(f"{self.name} has no answer: {' '.join(str(error).split())}") from error
         if probabilities is None or probabilities.shape != (len(batch), CLASSES):
             raise EngineError(f"{self.name} gives no {OUTPUT_NAME} of shape {(len(batch), CLASSES)}: is it our model?")
         return probabilities, result.get_response().model_version
+
+    def _infer(self, batch, deadline):
+        """Ask until the deadline, where needed: a Triton that stops still answers, but has no model, and others do."""
+        tensor = self._grpc.InferInput(INPUT_NAME, batch.shape, "FP32").set_data_from_numpy(batch)
+        while True:
+            try:
+                return self._client.infer(MODEL_NAME, [tensor], client_timeout=deadline - time.monotonic())
+            except self._grpc.InferenceServerException as error:
+                if not is_status(error, "NOT_FOUND") or time.monotonic() > deadline - TRITON_SECONDS / 2:
+                    raise
+                time.sleep(0.05)
+
+
+def is_status(error, *names):
+    """Tell whether gRPC's status of an error of tritonclient has one of these names."""
+    return str(getattr(error, "status", str)()).rpartition(".")[-1] in names
 
 
 def numeric_target(pairs):
@@ -162,7 +177,7 @@ def numeric_target(pairs):
     for family, (scheme, form) in families.items():
         with suppress(socket.gaierror):
             found = [socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4] for host, port in pairs]
-            return f"{scheme}:{','.join(form.format(*address) for address in found)}"
+            return f"{scheme}:{','.join(form.format(*address[:2]) for address in found)}"
     raise OSError(f"no addresses of one family for {', '.join(host for host, _ in pairs)}")
 
 

@@ -1,0 +1,240 @@
+"""flask/engines.py: versions that come and go under a server, and Tritons that do."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from http.client import HTTPException
+
+import numpy as np
+import pytest
+from conftest import flask_server, free_ports, start_triton, stop_triton
+from engines import EngineError, LocalEngine, TritonEngine, numeric_target
+
+from mnist_preprocess import HOST, INPUT_NAME, MODEL_NAME, OUTPUT_NAME, SAMPLE_IMAGE, open_image, preprocess
+from saved_model import SAVED_MODEL, ModelError, SavedModel
+
+CLIENTS = 16
+SAMPLE = SAMPLE_IMAGE.read_bytes()
+PIXELS = preprocess(open_image(SAMPLE_IMAGE))
+
+
+@pytest.fixture
+def model_directory(trained_repository, tmp_path):
+    """A model directory of the test's own, in which version 1 is served."""
+    shutil.copytree(trained_repository, tmp_path / "repository")
+    return tmp_path / "repository" / MODEL_NAME
+
+
+def publish(model_directory, number):
+    """Make version 1 appear as another one, whole at once."""
+    shutil.copytree(model_directory / "1", model_directory / ".new")
+    (model_directory / ".new").rename(model_directory / str(number))
+
+
+def break_version(model_directory, number):
+    publish(model_directory, number)
+    (model_directory / str(number) / SAVED_MODEL / "saved_model.pb").write_bytes(b"damaged")
+
+
+def ask(server):
+    """Ask once; return the status and the answer."""
+    connection = server.connect()
+    try:
+        connection.request("POST", "/mnist_infer?details=1", SAMPLE, {"Content-Type": "image/png"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+class Clients:
+    """So many clients that ask without a pause; `outcomes` counts the statuses, versions and lost requests."""
+
+    def __init__(self, server, count=CLIENTS):
+        self.server, self.enough, self.outcomes, self.lock = server, threading.Event(), Counter(), threading.Lock()
+        self.threads = [threading.Thread(target=self.keep_asking) for _ in range(count)]
+
+    def keep_asking(self):
+        connection = self.server.connect()
+        while not self.enough.is_set():
+            try:
+                connection.request("POST", "/mnist_infer?details=1", SAMPLE, {"Content-Type": "image/png"})
+                answer = connection.getresponse()
+                said = json.loads(answer.read())
+                outcome = answer.status, said.get("Prediction"), said.get("ModelVersion"), said.get("Error")
+            except (OSError, HTTPException) as error:
+                outcome = type(error).__name__, None, None, None
+                connection.close()
+            with self.lock:
+                self.outcomes[outcome] += 1
+        connection.close()
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.enough.set()
+        for thread in self.threads:
+            thread.join()
+
+    def wait_for(self, more):
+        deadline, before = time.monotonic() + 120, sum(self.outcomes.values())
+        while sum(self.outcomes.values()) < before + more:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def expected_digit(model_directory):
+    model = SavedModel(model_directory / "1" / SAVED_MODEL)
+    return str(model.predict({INPUT_NAME: PIXELS[None]})[OUTPUT_NAME].argmax())
+
+
+def test_new_versions_are_served_under_load(model_directory, tmp_path):
+    digit = expected_digit(model_directory)
+    with flask_server(tmp_path / "log", model_directory.parent) as server, Clients(server) as clients:
+        clients.wait_for(100)
+        for number in range(2, 7):
+            publish(model_directory, number)
+            deadline = time.monotonic() + 60
+            # Whichever worker answers: none is behind 20 times in a row.
+            while {ask(server)[1]["ModelVersion"] for _ in range(20)} != {str(number)}:
+                assert time.monotonic() < deadline
+    assert {(status, prediction) for status, prediction, *_ in clients.outcomes} == {(200, digit)}
+
+
+def test_broken_version_is_refused_once(model_directory, tmp_path):
+    log = tmp_path / "log"
+    with flask_server(log, model_directory.parent) as server:
+        break_version(model_directory, 2)
+        time.sleep(4)
+        assert {ask(server)[1]["ModelVersion"] for _ in range(20)} == {"1"}
+        sentence = f"server.py: 1 is served, not 2: cannot load the SavedModel in {model_directory / '2' / SAVED_MODEL}"
+        assert log.read_text().count(sentence) == 1
+        publish(model_directory, 3)
+        time.sleep(4)
+        assert {ask(server)[1]["ModelVersion"] for _ in range(20)} == {"3"}
+
+
+def test_broken_newest_version_is_no_reason_not_to_start(model_directory, tmp_path):
+    break_version(model_directory, 2)
+    log = tmp_path / "log"
+    with flask_server(log, model_directory.parent) as server:
+        assert ask(server)[1]["ModelVersion"] == "1"
+    assert log.read_text().count("server.py: 1 is served, not 2: ") == 1
+
+
+def test_repository_that_goes_away(model_directory, tmp_path):
+    log = tmp_path / "log"
+    with flask_server(log, model_directory.parent) as server:
+        shutil.rmtree(model_directory)
+        time.sleep(4)
+        with Clients(server) as clients:
+            clients.wait_for(200)
+    assert {(status, version) for status, _, version, _ in clients.outcomes} == {(200, "1")}
+    assert log.read_text().count(f"server.py: no version in {model_directory} any more: 1 goes on being served") == 1
+
+
+def test_no_version_can_be_served(model_directory):
+    shutil.rmtree(model_directory / "1" / SAVED_MODEL)
+    with pytest.raises(ModelError, match="no SavedModel in"):
+        LocalEngine(model_directory)
+
+
+def test_model_of_something_else(triton_repository):
+    (other, *_) = (path for path in triton_repository.iterdir() if path.name != MODEL_NAME and (path / "1").exists())
+    with pytest.raises(ModelError, match="takes or gives other tensors than"):
+        LocalEngine(other)
+
+
+def serve_triton(tmp_path, repository, ports):
+    return start_triton(tmp_path / f"{ports[0]}-{time.monotonic()}", f"--model-repository={repository}", ports=ports)
+
+
+def test_two_tritons_one_of_which_is_killed(trained_repository, tmp_path):
+    ports = free_ports(3), free_ports(3)
+    tritons = [serve_triton(tmp_path, trained_repository, three) for three in ports]
+    addresses = f"localhost:{ports[0][1]},{HOST}:{ports[1][1]}"
+    try:
+        with flask_server(tmp_path / "log", tmp_path / "nothing", f"--triton={addresses}") as server:
+            with Clients(server) as clients:
+                clients.wait_for(500)
+                os.killpg(tritons[0].process.pid, signal.SIGKILL)
+                tritons[0].process.wait()
+                clients.wait_for(1000)
+                tritons[0] = serve_triton(tmp_path, trained_repository, ports[0])
+                clients.wait_for(500)
+            assert {(status, error) for status, _, _, error in clients.outcomes} == {(200, None)}
+            assert {engine_of(server)} == {f"Triton at {addresses}"}
+            before = [inferences(triton) for triton in tritons]
+            time.sleep(1)  # How long gRPC may leave an address alone that did not answer.
+            assert {ask(server)[0] for _ in range(40)} == {200}
+            assert all(inferences(triton) > count for triton, count in zip(tritons, before, strict=True))
+            stop_triton(tritons[1])
+            assert {ask(server)[0] for _ in range(20)} == {200}
+    finally:
+        for triton in tritons:
+            stop_triton(triton)
+
+
+def engine_of(server):
+    return ask(server)[1]["Engine"]
+
+
+def inferences(triton):
+    with triton.http as client:
+        return client.get_inference_statistics(MODEL_NAME)["model_stats"][0]["inference_count"]
+
+
+def test_triton_that_is_away_and_comes(trained_repository, tmp_path, monkeypatch):
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    ports = free_ports(3)
+    with flask_server(tmp_path / "log", tmp_path / "nothing", f"--triton={HOST}:{ports[1]}") as server:
+        sentence = f"Triton at {HOST}:{ports[1]} does not answer; ask again in a moment"
+        assert ask(server) == (503, {"Error": sentence})
+        triton = serve_triton(tmp_path, trained_repository, ports)
+        try:
+            deadline = time.monotonic() + 10
+            while (answer := ask(server))[0] == 503:
+                assert time.monotonic() < deadline
+            assert answer[1]["ModelVersion"] == "1"
+        finally:
+            stop_triton(triton)
+        assert ask(server)[0] == 503
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_both_engines_answer_alike(trained_repository, triton):
+    triton_engine = TritonEngine(triton.grpc_url)
+    triton_engine.begin()
+    local_engine = LocalEngine(trained_repository / MODEL_NAME)
+    local_engine.begin()
+    batch = np.float32(np.random.default_rng(0).integers(256, size=(3, *PIXELS.shape)))
+    answers = [engine.predict(batch) for engine in (local_engine, triton_engine)]
+    np.testing.assert_allclose(answers[0][0], answers[1][0], atol=1e-6)
+    assert answers[0][1] == answers[1][1] == "1"
+    for engine in (local_engine, triton_engine):
+        with pytest.raises(EngineError):
+            engine.predict(batch[:, :14])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "target"),
+    [
+        ([("127.0.0.1", "1"), ("127.0.0.2", "2")], "ipv4:127.0.0.1:1,127.0.0.2:2"),
+        ([("::1", "1"), ("::2", "2")], "ipv6:[::1]:1,[::2]:2"),
+    ],
+)
+def test_several_addresses(pairs, target):
+    assert numeric_target(pairs) == target
+
+
+def test_several_addresses_of_two_families():
+    with pytest.raises(OSError, match=r"no addresses of one family for ::1, 127\.0\.0\.1"):
+        numeric_target([("::1", "1"), ("127.0.0.1", "1")])
