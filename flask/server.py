@@ -4,6 +4,11 @@ python flask/server.py
 curl -X POST -F image=@images/sample_image.png http://127.0.0.1:5000/mnist_infer
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # While packages load, Ctrl-C shall print no traceback.
+
 import argparse
 import base64
 import io
@@ -11,8 +16,9 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +26,18 @@ import numpy as np
 from flask import Flask, Request, jsonify, render_template, request, send_file
 from multipart import MultipartError, MultipartParser
 from PIL import Image
-from werkzeug.exceptions import HTTPException, LengthRequired, RequestEntityTooLarge
+from werkzeug.exceptions import BadRequest, HTTPException, LengthRequired, RequestEntityTooLarge
 
 # Appended, so that nothing in the project's folder can shadow an installed package, as flask/ would shadow flask.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from engines import EngineError, LocalEngine, TritonEngine
-from serving import MAX_UPLOAD, finish, receive_upload, serve
+from serving import MAX_UPLOAD, draining, finish, receive_upload, serve
 
 from mnist_preprocess import (
     FLASK_PORT,
     HOST,
+    IMAGE_SHAPE,
     MODEL_NAME,
     MODEL_REPOSITORY,
     ImageError,
@@ -53,13 +60,16 @@ class RequestInMemory(Request):
         return io.BytesIO()
 
 
-def create_app(engine, allow_origin=None) -> Flask:
+def create_app(engine, allow_origin=None, access_log=False) -> Flask:
     """Return the application that answers with an engine of engines.py, also to pages of the origin `allow_origin`."""
+    import metrics  # Here, in the worker, for the folder that the workers share is known now.
+
     engine.begin()
     app = Flask(__name__)
     app.request_class = RequestInMemory
+    app.before_request(metrics.begin)
     app.before_request(receive_upload)
-    app.after_request(finish)
+    one_at_a_time = threading.Lock()  # A picture may take 400 MB and 2 s to decode.
 
     @app.get("/")
     def page():
@@ -70,23 +80,35 @@ def create_app(engine, allow_origin=None) -> Flask:
     def openapi():
         return send_file("openapi.json")
 
+    app.get("/metrics")(metrics.exposition)
+
+    @app.get("/healthz")
+    def healthz():
+        """Tell that the process lives."""
+        return jsonify(Status="alive")
+
+    @app.get("/readyz")
+    def readyz():
+        """Tell whether a picture would be answered."""
+        if draining.is_set():
+            raise EngineError("the server is stopping; ask again in a moment")
+        engine.predict(np.zeros((1, *IMAGE_SHAPE), np.float32))
+        return jsonify(Status="ready")
+
     @app.post("/mnist_infer")
     def mnist_infer():
         """Answer {"Prediction": digit} for the picture in the form's file `image`, or in the body; ?details=1 adds."""
-        upload = uploaded_picture()
-        if upload is None:
-            return jsonify(
-                Error="no whole picture came: send it as the form's file 'image', or as an image/* body"
-            ), 400
         try:
-            pixels = preprocess(open_image(upload))
+            with one_at_a_time, closing(uploaded_picture()) as upload:
+                pixels = preprocess(open_image(upload))
         except NoDigitError as error:
             return jsonify(Error=str(error)), 422
         except ImageError as error:
             return jsonify(Error=str(error)), 400
         start = time.perf_counter()
         (probabilities,), version = engine.predict(pixels[None])
-        milliseconds = 1000 * (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        metrics.observe_inference(seconds, version)
         answer = {"Prediction": str(probabilities.argmax())}
         if request.query_string and request.args.get("details") == "1":  # Even no query takes time to parse.
             answer |= {
@@ -94,7 +116,7 @@ def create_app(engine, allow_origin=None) -> Flask:
                 "Probabilities": probabilities.tolist(),
                 "ModelVersion": version,
                 "Engine": engine.name,
-                "Milliseconds": milliseconds,
+                "Milliseconds": 1000 * seconds,
                 "Input": png_uri(pixels),
             }
         return jsonify(answer)
@@ -112,7 +134,14 @@ def create_app(engine, allow_origin=None) -> Flask:
             413: f"the upload is larger than {MAX_UPLOAD // 2**20} MiB: send a smaller picture",
             500: "the server failed: its log says why",
         }
-        return jsonify(Error=sentences.get(error.code, error.description)), error.code
+        headers = {"Retry-After": "1"} if error.code == 503 else {}
+        return jsonify(Error=sentences.get(error.code, error.description)), error.code, headers
+
+    # Flask calls the last one first.
+    if access_log:
+        app.after_request(metrics.log)
+    app.after_request(metrics.end)
+    app.after_request(finish)
 
     @app.after_request
     def add_headers(response):
@@ -127,7 +156,7 @@ def create_app(engine, allow_origin=None) -> Flask:
 
 
 def uploaded_picture():
-    """Return the picture of the request, open in memory, or None where none came whole.
+    """Return the picture of the request, open in memory. Raises BadRequest where none came whole.
 
     It is the body, or the form's file FIELD. Flask's own request.files compiles regular expressions for the form's
     boundary, which browsers and curl choose anew each time: 0.3 ms, more than the rest of the request. The package
@@ -137,17 +166,18 @@ def uploaded_picture():
     if request.mimetype.startswith("image/") or request.mimetype == "application/octet-stream":
         if "HTTP_TRANSFER_ENCODING" in request.environ:  # granian does not tell whether chunks came to their end.
             raise LengthRequired("send the picture's size along, as Content-Length")
-        return body if request.content_length else None
-    if request.mimetype != "multipart/form-data" or not boundary:
-        return None
+        return body
     limits = {"memory_limit": MAX_UPLOAD, "spool_limit": MAX_UPLOAD}
-    with suppress(MultipartError):
-        for part in MultipartParser(body, boundary, charset="latin1", **limits).parts():  # Latin-1 reads every name.
-            if part.name == FIELD and part.filename is not None:
-                return part.file
-    body.seek(0)
-    with suppress(RequestEntityTooLarge):  # It has a thousand parts.
-        return request.files.get(FIELD)
+    if request.mimetype == "multipart/form-data" and boundary:
+        with suppress(MultipartError):
+            for part in MultipartParser(body, boundary, charset="latin1", **limits).parts():  # It reads every name.
+                if part.name == FIELD and part.filename is not None:
+                    return part.file
+        body.seek(0)
+        with suppress(RequestEntityTooLarge):  # It has a thousand parts.
+            if FIELD in request.files:
+                return request.files[FIELD]
+    raise BadRequest(f"no whole picture came: send it as the form's file '{FIELD}', or as image/png")
 
 
 def png_uri(pixels):
@@ -180,6 +210,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that answer")
     parser.add_argument("--triton", metavar="HOST:PORT", help="let Triton answer, over gRPC: HOST:PORT[,HOST:PORT...]")
+    parser.add_argument("--access-log", action="store_true", help="write a line for each request")
     parser.add_argument(
         "--allow-origin", metavar="URL", help="let pages of this origin ask, such as http://localhost:8080"
     )
@@ -210,7 +241,12 @@ def main(argv=None) -> int:
         return 1
     host = f"[{address}]" if ":" in address else address
     print(f"{engine.name} answers at http://{host}:{args.port}/", flush=True)
-    serve(partial(create_app, engine, args.allow_origin), engine.refresh, address, args.port, args.workers)
+    load_app = partial(create_app, engine, args.allow_origin, args.access_log)
+    try:
+        serve(load_app, engine.refresh, address, args.port, args.workers)
+    except OSError as error:
+        print(f"server.py: cannot start: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -5,9 +5,11 @@ import logging
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -16,10 +18,12 @@ from flask import request
 from granian import Granian
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
-from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout
+from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout, ServiceUnavailable
 
-MAX_UPLOAD = 32 * 2**20  # Bytes: a 50-megapixel JPEG fits.
+MAX_UPLOAD = 20 * 2**20  # Bytes: photos have 3 to 20 MB.
 MAX_DROPPED = 8 * MAX_UPLOAD
+MAX_HELD = 10 * MAX_UPLOAD  # By all uploads that a worker holds in memory.
+CHUNK = 2**18
 UPLOAD_SECONDS = 60  # For a whole upload: 20 MB at 3 Mbit/s.
 HEADER_SECONDS = 10  # For the headers of a request, and between two requests of a connection.
 LATE_AT_ONCE = 50
@@ -35,33 +39,55 @@ draining, closed = threading.Event(), threading.Event()  # In a worker that stop
 
 def receive_upload():
     """Put the whole upload, in memory, in the place of the request's stream; HTTPException for a late or cut one."""
-    stream, length = request.environ["wsgi.input"], request.content_length
-    request.environ["wsgi.input"] = io.BytesIO()
-    if length or "HTTP_TRANSFER_ENCODING" in request.environ:
+    environ = request.environ
+    stream, length = environ["wsgi.input"], request.content_length
+    upload = environ["wsgi.input"] = Upload()
+    if length or "HTTP_TRANSFER_ENCODING" in environ:
         began = time.monotonic()
-        body = read(stream, length)
+        size = upload.receive(stream, length)
         if time.monotonic() - began > UPLOAD_SECONDS:
             raise RequestTimeout(f"the upload took more than {UPLOAD_SECONDS} seconds: send it again")
-        if length and len(body) < length:
+        if length and size < length:
             raise BadRequest("the upload was cut short: send it again")
-        request.environ["wsgi.input"] = io.BytesIO(body)
 
 
-def read(stream, length):
-    """Return an upload of `length` bytes, or of an open length for None; RequestEntityTooLarge beyond MAX_UPLOAD.
+class Upload(io.BytesIO):
+    """An upload in memory, until it is closed. Together they may hold MAX_HELD bytes."""
 
-    What is too large is dropped, up to MAX_DROPPED: most clients read no answer before they have sent all.
-    """
-    if length is not None and length <= MAX_UPLOAD:
-        return stream.read(length)
-    body, size = bytearray(), 0
-    while size <= MAX_DROPPED and (chunk := stream.read(2**16)):
-        size += len(chunk)
-        if size <= MAX_UPLOAD:
-            body += chunk
-    if size > MAX_UPLOAD:
-        raise RequestEntityTooLarge
-    return bytes(body)
+    held_by_all, lock = 0, threading.Lock()
+
+    def receive(self, stream, length):
+        """Read `length` bytes, or all there is for None, and return how many; HTTPException when they are too many.
+
+        What is too much is read on and dropped, up to MAX_DROPPED: most clients hear no answer before they have sent
+        all.
+        """
+        size, most, fits = 0, MAX_DROPPED if length is None else min(length, MAX_DROPPED), True
+        while size < most and (chunk := stream.read(min(CHUNK, most - size))):
+            size += len(chunk)
+            fits = fits and size <= MAX_UPLOAD and self.hold(len(chunk))
+            if fits:
+                self.write(chunk)
+            else:
+                self.close()
+        if size > MAX_UPLOAD or (length or 0) > MAX_UPLOAD:
+            raise RequestEntityTooLarge
+        if not fits:
+            raise ServiceUnavailable("too many uploads come at once: send it again in a moment")
+        self.seek(0)
+        return size
+
+    def hold(self, more):
+        """Count so many bytes more, and return True, unless they are too many."""
+        with Upload.lock:
+            fits = Upload.held_by_all + more <= MAX_HELD
+            Upload.held_by_all += more if fits else 0
+        return fits
+
+    def close(self):
+        if not self.closed:
+            self.hold(-self.seek(0, io.SEEK_END))
+        super().close()
 
 
 def finish(response):
@@ -73,7 +99,7 @@ def finish(response):
     request.environ["wsgi.input"].close()
     if draining.is_set():
         closed.wait()
-    if draining.is_set() or response.status_code in (408, 413):
+    if draining.is_set() or response.status_code in (408, 413, 503):
         response.headers["Connection"] = "close"
     return response
 
@@ -83,6 +109,8 @@ def serve(load_app, refresh, address, port, workers):
 
     refresh() is called once a second in each worker.
     """
+    # A signal that comes between a worker's birth and its own handlers would be lost. Blocked, it waits for sigwait().
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = min(CONNECTIONS, most_files - OTHER_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (connections + OTHER_FILES, most_files))  # The usual limit is 1024.
@@ -101,10 +129,13 @@ def serve(load_app, refresh, address, port, workers):
         workers_kill_timeout=STOP_SECONDS + 2,
     )
     logging.getLogger("_granian").addFilter(lambda record: "Python threads" not in record.msg)  # It warns of so many.
-    # A signal that comes between a worker's birth and its own handlers would be lost. Blocked, it waits for sigwait().
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     server.on_startup(threading.Thread(target=pass_signals_on, daemon=True).start)
-    server.serve(target_loader=lambda: load_worker(load_app, refresh, port), wrap_loader=False)
+    # The workers' metrics; in memory where the system has a folder for that, as a read-only container does, too.
+    with tempfile.TemporaryDirectory(
+        prefix="flask-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    ) as shared:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
+        server.serve(target_loader=lambda: load_worker(load_app, refresh, port), wrap_loader=False)
 
 
 def pass_signals_on():
@@ -125,6 +156,8 @@ def watch(refresh, port, inherited):
     while os.getppid() == parent and not signal.sigtimedwait([signal.SIGTERM], 1):
         end_late_uploads(port)
         refresh()
+    if os.getppid() != parent:
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
     draining.set()
     time.sleep(DRAIN_SECONDS)
     while (handler := signal.getsignal(signal.SIGTERM)) is inherited:  # granian is not that far yet.

@@ -17,7 +17,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -26,11 +26,13 @@ import jsonschema
 import numpy as np
 import openapi_spec_validator
 import pytest
+import serving
 from conftest import flask_server, free_ports
 from engines import EngineError
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from server import create_app
-from serving import MAX_UPLOAD
+from serving import MAX_HELD, MAX_UPLOAD
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE, open_image, preprocess
 
@@ -183,6 +185,28 @@ def test_page_loads_nothing_from_elsewhere(client):
     assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == "'self'"
     for address in re.findall(r"(?:src|href)=\"(?!data:|#)([^\"]+)\"", answer.text):
         assert client.get(f"/{address}", buffered=True).status_code == 200
+
+
+def test_health(client, engine):
+    for path, status in (("/healthz", "alive"), ("/readyz", "ready")):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json) == (200, {"Status": status})
+
+    def fail(batch):
+        raise EngineError("Triton at x does not answer; ask again in a moment")
+
+    engine.predict = fail
+    assert client.get("/healthz").status_code == 200
+    answer = client.get("/readyz")
+    assert answer.status_code == 503 and "Triton at x does not answer" in answer.json["Error"]
+
+
+def test_not_ready_while_stopping(client, monkeypatch):
+    for event in ("draining", "closed"):
+        monkeypatch.setattr(getattr(serving, event), "_flag", True)
+    answer = client.get("/readyz")
+    assert answer.status_code == 503 and "is stopping" in answer.json["Error"]
+    assert answer.headers["Connection"] == "close"
 
 
 def test_other_origins(engine, client):
@@ -459,6 +483,94 @@ def test_upload_in_chunks(server):
     assert answer_to(server, whole + b"0\r\n\r\n")[0] == 200
 
 
+def sample_values(server):
+    """Return the metrics by their names with labels."""
+    connection = server.connect()
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}": sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_of_all_workers(server):
+    ask(server)
+    before = sample_values(server)
+    assert [ask(server)[0] for _ in range(40)] == [200] * 40
+    assert [ask(server, body=form(b"no picture"))[0] for _ in range(5)] == [400] * 5
+    after = sample_values(server)
+    for name, more in (
+        ("mnist_requests_total[('status', '200')]", 41),  # And the first question for the metrics.
+        ("mnist_requests_total[('status', '400')]", 5),
+        ("mnist_request_seconds_count[]", 46),
+        ("mnist_inference_seconds_count[]", 40),
+    ):
+        assert after[name] - before.get(name, 0) == more
+    assert after["mnist_model_version[]"] == 1
+    assert after["mnist_request_seconds_sum[]"] > after["mnist_inference_seconds_sum[]"] > 0
+
+
+def test_access_log(trained_repository, tmp_path):
+    with flask_server(tmp_path / "log", trained_repository, "--access-log") as server:
+        ask(server, "/mnist_infer?details=1&secret=1")
+        ask(server, "/a%0Ab")
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if " POST " in line]
+    time_of_day = r"2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00"
+    assert re.fullmatch(time_of_day + r" POST /mnist_infer 200 \d{3} \d+\.\d", lines[0])
+    assert re.fullmatch(time_of_day + r" POST /a%0Ab 404 \d+ \d+\.\d", lines[1])
+
+
+def test_uploads_have_a_budget_together(server):
+    """Some more than it stall after 19 MiB each: nobody is told off, or waits, but those who come too late."""
+    most = form(bytes(19 * 2**20))
+    head = f"{HEAD}Content-Length: {len(most)}\r\n\r\n".encode()
+    with ExitStack() as stack:
+        for _ in range(2 * MAX_HELD // len(most) + 4):
+            connection = stack.enter_context(socket.create_connection((HOST, server.port), timeout=60))
+            with suppress(ConnectionError):
+                connection.sendall(head + most[:-1])
+        # The kernel spreads them over two workers, but not evenly.
+        assert max(memory(server).values()) < (MAX_HELD + 2**27) // 1024
+        assert 503 in {ask(server, body=most)[0] for _ in range(20)}
+    wait_for(lambda: {ask(server)[0] for _ in range(20)} == {200})
+
+
+def test_answered_uploads_leave_memory(server):
+    photo = form(bytes(19 * 2**20))
+    connection = server.connect()
+    highest = []
+    for _ in range(20):
+        connection.request("POST", "/mnist_infer", photo, HEADERS)
+        answer = connection.getresponse()
+        assert answer.status == 400 and answer.read()
+        highest.append(max(memory(server).values()))
+    connection.close()
+    assert highest[-1] < highest[2] + 30 * 1024
+
+
+def test_http_2_is_not_spoken(server):
+    with hang(server, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)) as connection:
+        assert connection.recv(100) == b"" or connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0])
+def test_signal_while_it_starts(trained_repository, number, seconds):
+    (port,) = free_ports(1)
+    before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, SCRIPT, f"--port={port}", "--model-repository", trained_repository]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    assert "Traceback" not in output
+    assert process.returncode in (0, -number)
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("flask-")]
+
+
 def test_raw_bytes_in_the_address(server):
     request = "GET /中文?q=中 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     for encoded in (request.encode(), request.replace("中文", "%d6%d0").encode()):
@@ -613,10 +725,13 @@ def test_killed_worker_is_replaced(stoppable):
 
 def test_killed_server_leaves_no_worker(stoppable):
     workers = processes(stoppable)
+    files = {os.readlink(link) for link in Path(f"/proc/{workers[0]}/fd").iterdir() if link.exists()}
+    (folder,) = {Path(file).parent for file in files if file.startswith("/dev/shm/flask-")}
     with stalled_uploads(stoppable, 4):
         stoppable.process.kill()
         stoppable.process.wait()
         wait_for(lambda: all(map(is_gone, workers)))
+    assert not folder.exists()
 
 
 def test_memory_does_not_grow(stoppable):
