@@ -30,8 +30,7 @@ def page(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A page is a region of one brightness with four sides and something in it, that does not fill the picture.
     """
     factor = -(-max(pixels.shape) // 128)
-    small = as_image(pixels).reduce(factor)
-    small = np.asarray(small, np.float32).reshape(small.height, small.width, -1)
+    small = as_colours(as_image(pixels).reduce(factor))
     value = (small - small.mean(axis=(0, 1))) @ main_axis(small - small.mean(axis=(0, 1)))
     middle, separation = otsu(value)
     splits = [middle]
@@ -93,50 +92,63 @@ def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     image = as_image(pixels)
     scale = PAPER_GRID / max(image.size)
     grid = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
-    cells = np.asarray(grid, np.float32).reshape(grid.height, grid.width, -1)
-    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    cells = as_colours(grid)
     step = -(-max(image.size) // 128)
-    sample = pixels[::step, ::step].astype(np.float32)
-
-    def tried(paper):
-        difference = sample - enlarged(paper, sample.shape[1::-1]).reshape(sample.shape)
-        axis = main_axis(difference)
-        value = difference @ axis
-        axis = axis if (value * value * value).sum() > 0 else -axis  # Ink is the side with the few large values.
-        threshold, separation = otsu(difference @ axis)
-        mask = difference @ axis > threshold
-        at_rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
-        return separation, mask.sum(), paper, axis, threshold, at_rim
-
+    sharp, smooth = pixels[::step, ::step].astype(np.float32), as_colours(image.reduce(step))
     # A median keeps slopes and straight edges of light and shadow, and takes out strokes, which fill less than half.
-    uneven = tried(np.asarray(grid.filter(ImageFilter.MedianFilter(15)), np.float32).reshape(cells.shape))
-    even = tried(np.broadcast_to(np.median(rim, axis=0).astype(np.float32), cells.shape))
-    sloping = uneven
-    for _ in range(3):
-        sloping = tried(slope(cells, (cells - sloping[2]) @ sloping[3] < sloping[4] / 2))
-    paper, axis = uneven[2:4]
-    global LOG
-    LOG = uneven[:2], sloping[:2], even[:2]
+    uneven = Paper(as_colours(grid.filter(ImageFilter.MedianFilter(15))), sharp)
+    best = uneven
     # Thick strokes fill more than half somewhere: then even paper separates better, with a little more ink, not a
     # shadow's worth of it. Where light is uneven, less of the rim, or nearly nothing inside, is as bright as the paper.
-    at_rim, anywhere = (np.abs((colours - even[2][0, 0]) @ even[3]) for colours in (rim, sample))
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    even = Paper(np.broadcast_to(np.median(rim, axis=0).astype(np.float32), cells.shape), sharp)
+    at_rim, anywhere = (np.abs((colours - even.cells[0, 0]) @ even.axis) for colours in (rim, sharp))
     is_even = max(np.percentile(at_rim, 75), np.percentile(anywhere, 25)) < 0.1 * anywhere.max()
-    if is_even and even[0] > uneven[0] and even[1] < 2.5 * uneven[1]:
-        paper, axis = even[2:4]
-    elif sloping[0] > uneven[0] and sloping[1] < 1.5 * uneven[1] and sloping[5] <= uneven[5] + 0.01:
-        paper, axis = sloping[2:4]
-    return (pixels @ axis - enlarged((paper @ axis)[..., None], image.size)) * inside
+    if is_even and even.separation > uneven.separation and even.ink.sum() < 2.5 * uneven.ink.sum():
+        best = even
+    else:
+        # Light that falls off smoothly is smooth below broad strokes, too. A shadow's edge would be left over as ink,
+        # which would reach the rim.
+        uneven = Paper(uneven.cells, smooth)
+        sloping = uneven
+        for _ in range(3):
+            sloping = Paper(sloping.surface(cells), smooth)
+        little_more = sloping.ink.sum() < 1.5 * uneven.ink.sum() and sloping.at_rim < min(0.2, uneven.at_rim + 0.01)
+        if sloping.separation > uneven.separation and little_more:
+            best = sloping
+    return (pixels @ best.axis - enlarged((best.cells @ best.axis)[..., None], image.size)) * inside
 
 
-SLOPING = True
+class Paper:
+    """One guess at the paper's colours, and how well it tells ink from paper in a sample of the picture.
+
+    cells: the colours, (rows, columns, channels); axis: the colour axis from paper to ink; threshold: on that axis;
+    ink: where the sample is beyond it; at_rim: the share of ink along the sample's sides; separation: see otsu().
+    """
+
+    def __init__(self, cells: np.ndarray, sample: np.ndarray):
+        """Separate ink from paper in the sample, (height, width, channels) float32."""
+        self.cells = cells
+        difference = sample - enlarged(cells, sample.shape[1::-1]).reshape(sample.shape)
+        axis = main_axis(difference)
+        value = difference @ axis
+        self.axis = axis if (value * value * value).sum() > 0 else -axis  # Ink is the side with the few large values.
+        self.threshold, self.separation = otsu(difference @ self.axis)
+        self.ink = difference @ self.axis > self.threshold
+        self.at_rim = np.concatenate([self.ink[0], self.ink[-1], self.ink[:, 0], self.ink[:, -1]]).mean()
+
+    def surface(self, cells: np.ndarray) -> np.ndarray:
+        """Return the surface of second order that fits best to those cells of the picture that are paper."""
+        paper = ((cells - self.cells) @ self.axis < self.threshold / 2).ravel()
+        y, x = (place.ravel() / np.float32(PAPER_GRID) for place in np.indices(cells.shape[:2]))
+        terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+        fit = np.linalg.lstsq(terms[paper], cells.reshape(paper.size, -1)[paper], rcond=None)[0]
+        return (terms @ fit).reshape(cells.shape)
 
 
-def slope(cells: np.ndarray, paper: np.ndarray) -> np.ndarray:
-    """Return the smooth surface, of second order, that fits those cells best that are paper."""
-    y, x = np.indices(cells.shape[:2]) / np.float32(PAPER_GRID)
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
-    fit = np.linalg.lstsq(terms[paper.ravel()], cells.reshape(len(terms), -1)[paper.ravel()], rcond=None)[0]
-    return (terms @ fit).reshape(cells.shape).astype(np.float32)
+def as_colours(image: Image.Image) -> np.ndarray:
+    """Return a picture as (height, width, 1 or 3) float32."""
+    return np.asarray(image, np.float32).reshape(image.height, image.width, -1)
 
 
 def enlarged(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -188,7 +200,8 @@ def ink_level(ink: np.ndarray) -> tuple[float, float]:
 def faintest(ink: np.ndarray) -> float:
     """Return three standard deviations of the noise, and not less than 8 gray levels."""
     # Of normal noise, a quarter is within 0.32 standard deviations; a quarter of the picture or more is paper.
-    return max(9.4 * float(np.percentile(np.abs(ink[::2, ::2]), 25)), 8.0)
+    values = ink[::2, ::2]
+    return max(9.4 * float(np.percentile(np.abs(values - np.median(values)), 25)), 8.0)
 
 
 def denoised(ink: np.ndarray) -> np.ndarray:
@@ -245,10 +258,12 @@ def ruled_lines(mask: np.ndarray) -> np.ndarray:
 
 def without_frames(ink: np.ndarray) -> np.ndarray:
     """Return the ink without cells, boxes and single lines beside a digit: straight, thin and longer than the digit."""
-    mask = ink > max(ink_level(ink)[1] / 2, faintest(ink))
+    threshold = ink_level(ink)[1]
+    mask = ink > max(threshold / 2, faintest(ink))
     parts = Parts(mask)
+    dark = np.bincount(parts.labels[ink > threshold], minlength=len(parts.area))
     boxes = ndimage.find_objects(parts.labels)
-    large = np.flatnonzero(parts.side > max(8, 0.05 * max(mask.shape)))
+    large = np.flatnonzero((parts.side > max(8, 0.05 * max(mask.shape))) & (dark > 0.3 * parts.area))
     large = large[np.argsort(-parts.side[large])][:40]
     thickness, lines = {}, {}
     for part in large:
@@ -261,7 +276,7 @@ def without_frames(ink: np.ndarray) -> np.ndarray:
         strokes = sorted(strokes, key=lambda part: thickness[part])[-1:]
     if not strokes:
         return ink
-    weight = [parts.area[part] * (0.3 if parts.touch_edge[part] else 1) for part in strokes]
+    weight = [dark[part] * (0.3 if parts.touch_edge[part] else 1) for part in strokes]
     digit = strokes[int(np.argmax(weight))]
     side = parts.side[digit]
     beside = np.zeros(len(parts.area), bool)
