@@ -199,9 +199,11 @@ def ink_level(ink: np.ndarray) -> tuple[float, float]:
 
 def faintest(ink: np.ndarray) -> float:
     """Return three standard deviations of the noise, and not less than 8 gray levels."""
-    # Of normal noise, a quarter is within 0.32 standard deviations; a quarter of the picture or more is paper.
+    # Of normal noise, a quarter is within 0.32 standard deviations; a quarter of the picture or more is paper, which
+    # may be beside 0 a little, so that it is the median; where ink is half of all, it is not.
     values = ink[::2, ::2]
-    return max(9.4 * float(np.percentile(np.abs(values - np.median(values)), 25)), 8.0)
+    quarter = min(float(np.percentile(np.abs(values - level), 25)) for level in (0, np.median(values)))
+    return max(9.4 * quarter, 8.0)
 
 
 def denoised(ink: np.ndarray) -> np.ndarray:
@@ -271,9 +273,9 @@ def without_frames(ink: np.ndarray) -> np.ndarray:
         thickness[part] = stroke_thickness(shape)
         lines[part] = straight_lines(shape)
     strokes = [part for part in large if not lines[part] and parts.side[part] > 2.5 * thickness[part]]
-    if not strokes:  # A 1 may be as straight as what is beside it: it is what stands upright, and the thickest.
-        strokes = [part for part in large if lines[part] == 1 and not flat(parts, part)]
-        strokes = sorted(strokes, key=lambda part: thickness[part])[-1:]
+    if not strokes:  # A 1 or a 4 may be as straight as what is beside it: then it is thicker, or of fewer lines.
+        upright = [part for part in large if not flat(parts, part)]
+        strokes = sorted(upright, key=lambda part: thickness[part] ** 2 / max(lines[part], 1))[-1:]
     if not strokes:
         return ink
     weight = [dark[part] * (0.3 if parts.touch_edge[part] else 1) for part in strokes]
