@@ -326,9 +326,10 @@ def digit_in(ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     level, threshold = ink_level(ink)
     mask = ink > threshold
     parts = Parts(mask)
-    # What is along a whole side is more likely a shadow or a table, and what touches a side may be one.
+    # What lies along a whole side is more likely a shadow or a table, and what touches a side may be one.
     along = (parts.bottom - parts.top > 0.95 * mask.shape[0]) | (parts.right - parts.left > 0.95 * mask.shape[1])
-    along &= parts.touch_edge
+    sides = (parts.labels[0], parts.labels[-1], parts.labels[:, 0], parts.labels[:, -1])
+    along &= np.max([np.bincount(side, minlength=len(along)) > 0.3 * len(side) for side in sides], axis=0)
     main = parts.largest(np.where(along, 0.02, np.where(parts.touch_edge, 0.3, 1)))
     if parts.side[main] < 5 or parts.area[main] < 8:
         raise NoDigitError("no digit to be seen: the picture shows nothing but specks")
