@@ -1,5 +1,9 @@
-"""Read what people upload: which files and how many pixels, and any mode of Pillow as 8-bit gray or RGB."""
+"""Read what people upload: which files and how many pixels, and any mode of Pillow as 8-bit gray or RGB.
 
+What a decoder does not need, and what would make it slow or large, is taken out of a file before a decoder sees it.
+"""
+
+import re
 import struct
 import warnings
 import zlib
@@ -8,10 +12,16 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 # What people upload. A decoder that nobody needs is only a way in for broken files.
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-# A worker needs up to 330 MB for a picture of 52 million pixels, and for WebP 16 bytes a pixel, never fewer.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "HEIC", "AVIF")
+# With these, a picture takes at most 2 seconds and 400 MB. WebP, HEIC, AVIF and progressive JPEG need up to 16 bytes a
+# pixel, others 4; a picture of one row would be converted in one piece.
 MAX_PIXELS = 52_000_000
-MAX_PIXELS_WEBP = 20_000_000
+MAX_PIXELS_COSTLY = 20_000_000
+MAX_SIDE = 30_000
+MAX_PARTS = 1000  # Segments, chunks or blocks before the pixels; photos have 10, a colour profile of 20 MB 320.
+MAX_SCANS = 32  # Of a progressive JPEG; 10 are usual.
+MAX_METADATA = 65536  # Bytes of EXIF or XMP; JPEG does not allow more.
+MAX_NUMBERS = 100_000  # In a TIFF's directory: two for each strip, which is a row at least.
 WORK_SIDE = 512  # Larger pictures are reduced to at most this side; a digit 1/20 as high still has 13 to 26 pixels.
 # What Pillow's decoders raise for broken files beside UnidentifiedImageError, which is an OSError.
 BROKEN_FILE = (
@@ -28,6 +38,141 @@ class ImageError(ValueError):
 
 class NoDigitError(ImageError):
     """A picture that can be read, and shows no digit."""
+
+
+def for_decoder(data: bytes) -> tuple[str, bytes]:
+    """Return Pillow's name of a file's format, and the file without what its decoder does not need.
+
+    Raises ImageError when it is none of FORMATS, or has more in it than any picture has.
+    """
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG", essential_png(data)
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG", essential_jpeg(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF", essential_gif(data)
+    if data.startswith((b"II*\0", b"MM\0*")):
+        check_tiff(data)
+        return "TIFF", data
+    if data.startswith(b"BM"):
+        if data[30:31] in (b"\1", b"\2"):
+            raise ImageError("a BMP of run lengths is not read: save it as PNG")
+        return "BMP", data
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP", data
+    if data[4:8] == b"ftyp":
+        return "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIF", data
+    raise ImageError(f"the file is not a picture in one of the formats {', '.join(FORMATS)}")
+
+
+def essential_png(data: bytes) -> bytes:
+    """Return a PNG's pixels, palette, transparency and orientation; a wrong checksum counts in critical chunks only."""
+    before, pixels, place = [data[:8]], [], 8
+    for _ in range(20 * MAX_PARTS):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        start, place = place, place + 12 + length
+        if kind in (b"IHDR", b"PLTE"):
+            before.append(data[start:place])
+        elif kind == b"IDAT":
+            pixels.append(data[start + 8 : place - 4])
+        elif kind in (b"tRNS", b"eXIf") or (
+            kind in (b"iTXt", b"zTXt")
+            and data.startswith((b"XML:com.adobe.xmp\0\0", b"Raw profile type exif"), start + 8)
+        ):
+            if length <= MAX_METADATA and len(before) < 8:
+                before.append(png_chunk(kind, data[start + 8 : place - 4]))
+        elif kind == b"IEND" or place > len(data):
+            break
+        if place > len(data) - 12:
+            break
+    else:
+        raise ImageError(f"the picture has more than {20 * MAX_PARTS} chunks")
+    return b"".join([*before, png_chunk(b"IDAT", b"".join(pixels)), png_chunk(b"IEND", b"")])
+
+
+ORIENTATION_TEXTS = (b"iTXtXML:com.adobe.xmp\0\0", b"zTXtRaw profile type exif")
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """Return a chunk of a PNG with its length and checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
+
+
+def essential_jpeg(data: bytes) -> bytes:
+    """Return a JPEG's first picture with its tables and orientation, up to its end if it has one."""
+    kept, place, metadata = [b"\xff\xd8"], 2, set()
+    for _ in range(MAX_PARTS):
+        marker = NO_FILL_BYTE.search(data, place)
+        kind, place = (marker[0][0], marker.end()) if marker else (0xD9, place)
+        if kind == 0xD9:
+            raise ImageError("the picture is damaged: it cannot be decoded")
+        if kind < 0xC0 or 0xD0 <= kind <= 0xD8:
+            continue
+        end = place + int.from_bytes(data[place : place + 2], "big")
+        if kind == 0xDA:
+            last = data.find(JPEG_END, end)
+            scans = data[place : last + 2 if last >= 0 else len(data)]
+            if scans.count(b"\xff\xda") >= MAX_SCANS:
+                raise ImageError(f"the picture has more than {MAX_SCANS} scans")
+            return b"".join([*kept, b"\xff\xda", scans])
+        about = data[place + 2 : place + 6] if 0xE0 <= kind <= 0xEF or kind == 0xFE else None
+        if about is None or (about in (b"JFIF", b"Exif", b"Adob", b"http") and about not in metadata):
+            metadata.add(about)
+            kept.append(bytes((0xFF, kind)) + data[place:end])
+        place = end
+    raise ImageError(f"the picture has more than {MAX_PARTS} segments")
+
+
+NO_FILL_BYTE = re.compile(rb"[^\xff]")
+JPEG_END = b"\xff\xd9"
+
+
+def decoded_part(image: Image.Image) -> Image.Image:
+    """Return a JPEG that was cut off down to its last whole row of blocks; what is missing is decoded as gray."""
+    last_column = np.asarray(image.convert("RGB").crop((image.width - 1, 0, *image.size)), np.int16)[:, 0]
+    known = np.flatnonzero(np.abs(last_column - 128).max(axis=1) > 1)
+    if not known.size:
+        raise ImageError("the picture is damaged: it cannot be decoded")
+    return image.crop((0, 0, image.width, int(known[-1]) + 1))
+
+
+def essential_gif(data: bytes) -> bytes:
+    """Return a GIF without what stands before its first picture, but for the block that tells the transparency."""
+    place = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
+    before, control, blocks = data[:place], b"", 0
+    while data[place] == 0x21:
+        if data[place + 1] == 0xF9:
+            control = data[place : place + 8]
+        place += 2
+        while data[place] and blocks < 100 * MAX_PARTS:  # Blocks have at most 255 bytes.
+            place, blocks = place + data[place] + 1, blocks + 1
+        place, blocks = place + 1, blocks + 1
+        if blocks >= 100 * MAX_PARTS:
+            raise ImageError(f"the picture has more than {100 * MAX_PARTS} blocks before its pixels")
+    return before + control + data[place:]
+
+
+def check_tiff(data: bytes) -> None:
+    """Refuse a TIFF whose first directory is larger than a picture needs, or that asks for an unusual decoder."""
+    order = "<" if data.startswith(b"II") else ">"
+    (place,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, place)
+    numbers, tile = 0, 1
+    for entry in range(place + 2, place + 2 + 12 * count, 12):
+        tag, kind, length = struct.unpack_from(order + "HHI", data, entry)
+        (value,) = struct.unpack_from(order + ("H2x" if kind == 3 else "I"), data, entry + 8)
+        numbers += length if kind not in (1, 2, 7) else 0  # Bytes are read as they are.
+        tile *= value if tag in (322, 323) else 1
+        is_jpeg = value == 7 and data.count(b"\xff\xda") <= MAX_SCANS
+        if tag == 259 and value not in TIFF_COMPRESSIONS and not is_jpeg:
+            raise ImageError("a TIFF of this compression is not read: save it as PNG")
+    if count > MAX_PARTS or numbers > MAX_NUMBERS or tile > MAX_TILE:
+        raise ImageError("the picture has a larger directory, or larger tiles, than pictures have")
+
+
+# None, the fax machine's, LZW, Deflate and PackBits.
+TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)
+MAX_TILE = 4096**2  # Pixels; 256 x 256 are usual.
 
 
 def as_pixels(image: Image.Image) -> np.ndarray:
@@ -57,6 +202,8 @@ def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 when there is none that can be read."""
     if not any(name in image.info for name in ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")):
         return 1  # getexif() would take longer than everything else that a 28x28 picture needs.
+    if len(image.info.get("exif") or b"") > MAX_METADATA:
+        return 1
     try:
         return image.getexif().get(274, 1)
     except BROKEN_FILE:
@@ -69,7 +216,9 @@ def reduced(image: Image.Image) -> Image.Image:
     if factor == 1:
         return plain(image)
     width, height = (-(-side // factor) for side in image.size)
-    rows = factor * 64  # In strips, because what plain() makes of a large picture may be four times as large.
+    # In strips, because what plain() makes of a large picture may be four times as large.
+    lines = max(1, 4_000_000 // (image.width * factor))
+    rows = factor * lines
     strips = []
     for top in range(0, image.height, rows):
         strip = plain(image.crop((0, top, image.width, min(top + rows, image.height))))
@@ -82,7 +231,7 @@ def reduced(image: Image.Image) -> Image.Image:
         strips.append(strip)
     whole = Image.new(strips[0].mode, (width, height))
     for index, strip in enumerate(strips):
-        whole.paste(strip, (0, 64 * index))
+        whole.paste(strip, (0, lines * index))
     return whole
 
 

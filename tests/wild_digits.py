@@ -520,7 +520,12 @@ def box(rng, digit):
     left, top = rng.uniform(8, 160, 2)
     right, bottom, thickness = left + width, top + height, rng.uniform(1.2, 7)
     shape = int(bottom + rng.uniform(8, 160)), int(right + rng.uniform(8, 160))
-    lines = [(left, top, right, top), (right, top, right, bottom), (right, bottom, left, bottom), (left, bottom, left, top)]
+    lines = [
+        (left, top, right, top),
+        (right, top, right, bottom),
+        (right, bottom, left, bottom),
+        (left, bottom, left, top),
+    ]
     ink = in_cell(rng, digit, shape, (left, top, right, bottom), 3 + thickness)
     return filled_in(rng, ink, straight(shape, lines, thickness))
 
