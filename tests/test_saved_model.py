@@ -1,5 +1,6 @@
 """saved_model.py: which version is the newest, LiteRT's answers against TensorFlow's, and what falls back or fails."""
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -300,6 +301,73 @@ def test_saved_model_without_the_signature(tmp_path):
     is_sentence(
         error, "expected 'serving_default' signature: the SavedModel in", tmp_path, "has none for the tag 'serve'"
     )
+
+
+def test_the_only_other_signature_is_the_default_one(tmp_path):
+    module = tf.Module()
+    module.double = tf.function(doubled, input_signature=[tf.TensorSpec([None, 2], tf.float32, name="x")])
+    for names, served in ((["other"], "other"), (["other", "serving_default"], "serving_default")):
+        path = tmp_path / served
+        tf.saved_model.save(module, str(path), signatures=dict.fromkeys(names, module.double))
+        model = SavedModel(path)
+        assert model.signature == served
+        assert model.predict({"x": np.ones((3, 2), np.float32)})["y"].tolist() == [[2, 2]] * 3
+        assert ("signature 'other'" in model.runtime) == (served == "other")
+    with pytest.raises(ModelError) as error:
+        SavedModel(path, signature="absent")
+    is_sentence(error, "expected 'absent' signature", "has 'other', 'serving_default' for the tag 'serve'")
+    with pytest.raises(ModelError) as error:
+        SavedModel(path, tag="train")
+    is_sentence(error, "expected 'train' tag", "has graphs with the tags 'serve'")
+
+
+def test_a_state_begins_as_it_was_saved_and_goes_on(tmp_path):
+    module = tf.Module()
+    module.total = tf.Variable(0.0)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def accumulate(x):
+        return {"y": module.total.assign_add(tf.reduce_sum(x))}
+
+    tf.saved_model.save(module, str(tmp_path), signatures=accumulate)
+    model, other = SavedModel(tmp_path), SavedModel(tmp_path)
+    assert model.keeps_state()
+    model.warm_up()
+    assert [model.predict({"x": np.ones(size, np.float32)})["y"] for size in (1, 2, 1)] == [1, 3, 4]
+    assert other.predict({"x": np.ones(1, np.float32)})["y"] == 1
+    with pytest.raises(ModelError) as error:
+        add_twin(tmp_path)
+    is_sentence(error, "its AssignAddVariableOp checks, keeps, prints or draws something")
+
+
+@pytest.mark.parametrize("folder", ["brackets [1]", "a space and an umlaut ä", "star * question ?"])
+def test_folders_of_any_name(trained, tmp_path, pictures, folder):
+    path = tmp_path / folder / SAVED_MODEL
+    shutil.copytree(trained, path, ignore=shutil.ignore_patterns("assets.extra"))
+    expected = predict(SavedModel(trained, "/CPU:0"), pictures[:2])
+    np.testing.assert_array_equal(predict(SavedModel(path), pictures[:2]), expected)
+    add_twin(path)
+    np.testing.assert_allclose(predict(SavedModel(path), pictures[:2]), expected, rtol=0, atol=1e-5)
+
+
+WITHOUT_KERAS = """
+import sys
+from saved_model import SavedModel
+SavedModel(sys.argv[1], "/CPU:0").warm_up()
+print("tensorflow" in sys.modules, "keras" in sys.modules, "tf_keras" in sys.modules)
+"""
+
+
+def test_tensorflow_comes_without_keras_and_its_settings(trained, tmp_path):
+    (tmp_path / "keras.json").write_text('{"backend": "theano", "image_data_format": "channels_first"}')
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_KERAS, trained],
+        cwd=ROOT,
+        env=os.environ | {"KERAS_HOME": str(tmp_path), "KERAS_BACKEND": "theano"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == ["True", "False", "False"], result.stderr
 
 
 def test_saved_model_without_its_variables(trained, tmp_path):
