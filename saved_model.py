@@ -38,9 +38,11 @@ TWIN = Path("assets.extra", "model.tflite")
 DIGESTS = Path("assets.extra", "SHA256SUMS")
 DIGESTED = (Path("saved_model.pb"), Path("variables", "variables.index"), TWIN)
 TOLERANCE = 1e-5  # How far a twin's answers may lie from TensorFlow's, absolutely or relatively.
-# LiteRT lays out the weights once more for each interpreter, of which there is one for each call at the same time. Of
-# twins from this size on, in bytes, there is only one, which uses all cores.
+# LiteRT lays out the weights once more for each of its interpreters, and to give one another shape takes 20 us. So a
+# small twin has one for each call at the same time and for each shape, up to so many shapes; a large one, of so many
+# bytes or more, has only one, which uses all cores.
 LARGE_TWIN = 4 * 2**20
+MAX_SHAPES = 16
 
 # TensorFlow's names of its data types, by their numbers in tensorflow/core/framework/types.proto.
 DTYPES = (
@@ -121,11 +123,11 @@ class SavedModel:
         """Start with nothing that runs the model, as in a new process."""
         self._session = None
         self._loading = threading.Lock()
-        self._idle_interpreters = []
-        large = self.twin and os.path.getsize(self.twin) >= LARGE_TWIN
-        self._one_at_a_time = threading.Lock() if large else nullcontext()
+        self._idle_interpreters = {}
+        self._is_large = bool(self.twin) and os.path.getsize(self.twin) >= LARGE_TWIN
+        self._one_at_a_time = threading.Lock() if self._is_large else nullcontext()
         options = self._session_settings.get("options", {})
-        self._threads = options.get("intra_op_parallelism_threads") or (os.cpu_count() if large else 1)
+        self._threads = options.get("intra_op_parallelism_threads") or (os.cpu_count() if self._is_large else 1)
 
     def __getstate__(self):
         made = ("_session", "_loading", "_idle_interpreters", "_one_at_a_time", "_threads")
@@ -171,19 +173,26 @@ class SavedModel:
             self._load_session()
 
     def _run_twin(self, inputs):
+        shapes = tuple([(name, array.shape, array.dtype) for name, array in inputs.items()])
+        kind = None if self._is_large else shapes
+        idle = self._idle_interpreters.get(kind)
+        if idle is None:
+            self._check(inputs)
+            if len(self._idle_interpreters) >= MAX_SHAPES:
+                self._idle_interpreters.clear()
+            idle = self._idle_interpreters.setdefault(kind, [])
         # An interpreter serves one call at a time. list.pop and list.append are atomic, so threads share the idle ones
         # without a lock.
         try:
-            interpreter = self._idle_interpreters.pop()
+            interpreter = idle.pop()
         except IndexError:
             interpreter = _Interpreter(self.twin, self._threads)
-        shapes = [(name, array.shape, array.dtype) for name, array in inputs.items()]
         if shapes != interpreter.shapes:
             self._check(inputs)
             interpreter.resize(inputs)
             interpreter.shapes = shapes
         outputs = interpreter.run(inputs)
-        self._idle_interpreters.append(interpreter)
+        idle.append(interpreter)
         return outputs
 
     def _load_session(self):
@@ -351,10 +360,17 @@ def _plain(path):
 
 def _import_tensorflow():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Told to use the older tf_keras, TensorFlow does not import Keras: 0.5 s, and its user's settings may be broken.
+    # Told to use the older tf_keras, TensorFlow does not import Keras, which takes 0.5 s.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-    import tensorflow
-
+    # It reads Keras's settings nevertheless, and asserts that it knows them: it shall find none.
+    home = os.environ.get("KERAS_HOME")
+    os.environ["KERAS_HOME"] = os.devnull
+    try:
+        import tensorflow
+    finally:
+        del os.environ["KERAS_HOME"]
+        if home is not None:
+            os.environ["KERAS_HOME"] = home
     return tensorflow
 
 

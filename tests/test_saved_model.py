@@ -359,7 +359,7 @@ print("tensorflow" in sys.modules, "keras" in sys.modules, "tf_keras" in sys.mod
 
 
 def test_tensorflow_comes_without_keras_and_its_settings(trained, tmp_path):
-    (tmp_path / "keras.json").write_text('{"backend": "theano", "image_data_format": "channels_first"}')
+    (tmp_path / "keras.json").write_text('{"backend": "theano", "floatx": "bfloat16"}')
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_KERAS, trained],
         cwd=ROOT,
