@@ -637,8 +637,11 @@ def main(argv=None) -> int:
     directory = parser.parse_args(argv).directory
     try:
         add_twin(directory)
-    except (ModelError, OSError) as error:
+    except ModelError as error:
         print(f"saved_model.py: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"saved_model.py: cannot write the twin to {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     print(directory / TWIN)
     return 0
