@@ -315,3 +315,11 @@ def test_default_of_the_command_line_counts(saved_models, tmp_path, options, max
     with model_server(saved_models, tmp_path, *options) as server:
         assert server.load("double", "double_lite")["max_batch_size"] == max_batch_size
         assert server.load("own", "double_lite", "max_batch_size: 3")["max_batch_size"] == 3
+
+
+def test_settings_of_keras_keep_no_model_from_loading(saved_models, tmp_path, monkeypatch):
+    (tmp_path / "keras.json").write_text('{"backend": "theano", "floatx": "bfloat16"}')
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    with model_server(saved_models, tmp_path) as server:
+        server.load("double", "double", ONE_INSTANCE)
+        assert ask(server, "double", {"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[2, 2]]
