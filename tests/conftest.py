@@ -96,12 +96,12 @@ def await_nothing(mark, seconds=5):
     return left
 
 
-def start_triton(log, *options, script=ROOT / "scripts" / "triton_local.sh", ports=None):
-    """Start triton_local.sh on three ports, wait until the server is ready and return it as Triton."""
-    ports = dict(zip(("http", "grpc", "metrics"), ports or free_ports(3), strict=True))
+def start_triton(log, *options, script=ROOT / "scripts" / "triton_local.sh"):
+    """Start triton_local.sh on free ports, wait until the server is ready and return it as Triton."""
+    ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
     command = [script, *(f"--{name}-port={port}" for name, port in ports.items())]
-    # A process group, so that a test can press Ctrl-C.
-    environment = os.environ | {"VIRTUAL_ENV": python}
+    # This Python's environment, whether it was activated or not, and a process group, so that a test can press Ctrl-C.
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, *options], stdout=output, stderr=output, env=environment, start_new_session=True

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -246,9 +247,12 @@ def test_project_and_models_in_folders_of_any_name(trained_repository, tmp_path,
     subprocess.run([folder / "ü" / "bin" / "python3", "-m", "venv", "--without-pip", environment], check=True)
     [packages] = environment.glob("lib/python3*/site-packages")
     (packages / "ours.pth").write_text(sysconfig.get_path("purelib"))
+    start = folder / "start.sh"
+    start.write_text(f'#!/bin/sh\nVIRTUAL_ENV="$(dirname "$0")/.venv" exec {shlex.quote(str(script))} "$@"\n')
+    start.chmod(0o755)
     monkeypatch.setenv("LC_ALL", "C")
     for options in ((), ("--model-repository", folder / "other: models ü")):
-        server = start_triton(tmp_path / "triton.log", *options, script=script, python=str(environment))
+        server = start_triton(tmp_path / "triton.log", *options, script=start)
         try:
             with server.http as client:
                 assert client.is_model_ready(MODEL_NAME)
