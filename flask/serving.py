@@ -14,15 +14,15 @@ import threading
 import time
 from contextlib import suppress
 
-from flask import request
 from granian import Granian
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout, ServiceUnavailable
+from werkzeug.wsgi import get_content_length
 
 MAX_UPLOAD = 20 * 2**20  # Bytes: photos have 3 to 20 MB.
 MAX_DROPPED = 8 * MAX_UPLOAD
-MAX_HELD = 10 * MAX_UPLOAD  # By all uploads that a worker holds in memory.
+MAX_HELD = 8 * MAX_UPLOAD  # By all uploads that a worker holds in memory.
 CHUNK = 2**18
 UPLOAD_SECONDS = 60  # For a whole upload: 20 MB at 3 Mbit/s.
 HEADER_SECONDS = 10  # For the headers of a request, and between two requests of a connection.
@@ -37,10 +37,9 @@ SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 draining, closed = threading.Event(), threading.Event()  # In a worker that stops: it does, and its listener is closed.
 
 
-def receive_upload():
-    """Put the whole upload, in memory, in the place of the request's stream; HTTPException for a late or cut one."""
-    environ = request.environ
-    stream, length = environ["wsgi.input"], request.content_length
+def receive_upload(environ):
+    """Put the whole upload, in memory, in the place of a request's stream; HTTPException for a late or cut one."""
+    stream, length = environ["wsgi.input"], get_content_length(environ)
     upload = environ["wsgi.input"] = Upload()
     if length or "HTTP_TRANSFER_ENCODING" in environ:
         began = time.monotonic()
@@ -90,18 +89,17 @@ class Upload(io.BytesIO):
         super().close()
 
 
-def finish(response):
+def finish(environ, response):
     """Let the upload leave memory, and close the connection where a part of it was left unread, or the worker stops.
 
     A stopping worker answers after it has closed its listener: a client that waits begins no connection, nor a request
     on an idle one, that would be lost then.
     """
-    request.environ["wsgi.input"].close()
+    environ["wsgi.input"].close()
     if draining.is_set():
         closed.wait()
     if draining.is_set() or response.status_code in (408, 413, 503):
         response.headers["Connection"] = "close"
-    return response
 
 
 def serve(load_app, refresh, address, port, workers):
@@ -132,7 +130,7 @@ def serve(load_app, refresh, address, port, workers):
     server.on_startup(threading.Thread(target=pass_signals_on, daemon=True).start)
     # The workers' metrics; in memory where the system has a folder for that, as a read-only container does, too.
     with tempfile.TemporaryDirectory(
-        prefix="flask-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        prefix=f"flask-{os.getpid()}-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     ) as shared:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
         server.serve(target_loader=lambda: load_worker(load_app, refresh, port), wrap_loader=False)

@@ -533,7 +533,7 @@ def test_uploads_have_a_budget_together(server):
             with suppress(ConnectionError):
                 connection.sendall(head + most[:-1])
         # The kernel spreads them over two workers, but not evenly.
-        assert max(memory(server).values()) < (MAX_HELD + 2**27) // 1024
+        assert max(memory(server).values()) < 400_000
         assert 503 in {ask(server, body=most)[0] for _ in range(20)}
     wait_for(lambda: {ask(server)[0] for _ in range(20)} == {200})
 
@@ -560,7 +560,6 @@ def test_http_2_is_not_spoken(server):
 @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0])
 def test_signal_while_it_starts(trained_repository, number, seconds):
     (port,) = free_ports(1)
-    before = set(os.listdir("/dev/shm"))
     command = [sys.executable, SCRIPT, f"--port={port}", "--model-repository", trained_repository]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         time.sleep(seconds)
@@ -568,7 +567,7 @@ def test_signal_while_it_starts(trained_repository, number, seconds):
         output, _ = process.communicate(timeout=30)
     assert "Traceback" not in output
     assert process.returncode in (0, -number)
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("flask-")]
+    assert not list(Path("/dev/shm").glob(f"flask-{process.pid}-*"))
 
 
 def test_raw_bytes_in_the_address(server):
@@ -725,8 +724,7 @@ def test_killed_worker_is_replaced(stoppable):
 
 def test_killed_server_leaves_no_worker(stoppable):
     workers = processes(stoppable)
-    files = {os.readlink(link) for link in Path(f"/proc/{workers[0]}/fd").iterdir() if link.exists()}
-    (folder,) = {Path(file).parent for file in files if file.startswith("/dev/shm/flask-")}
+    (folder,) = Path("/dev/shm").glob(f"flask-{stoppable.process.pid}-*")
     with stalled_uploads(stoppable, 4):
         stoppable.process.kill()
         stoppable.process.wait()
@@ -738,9 +736,6 @@ def test_memory_does_not_grow(stoppable):
     while len(served := memory(stoppable)) < 2:
         time.sleep(0.1)
     assert max(served.values()) < 100 * 1024  # Steady below 100 MB.
-    for _ in range(50):  # The kernel spreads new connections: each worker gets some.
-        ask(stoppable)
-    before = memory(stoppable)
 
     def ask_often(count):
         connection = stoppable.connect()
@@ -754,6 +749,8 @@ def test_memory_does_not_grow(stoppable):
         return statuses
 
     with ThreadPoolExecutor(64) as pool:
+        assert sum(pool.map(ask_often, [10] * 64), Counter()) == {200: 640}  # Each client has its thread now.
+        before = memory(stoppable)
         assert sum(pool.map(ask_often, [157] * 64), Counter()) == {200: 157 * 64}
     after = memory(stoppable)
     assert after.keys() == before.keys()
