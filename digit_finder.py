@@ -208,11 +208,11 @@ def faintest(ink: np.ndarray) -> float:
 
 def denoised(ink: np.ndarray) -> np.ndarray:
     """Return the ink smoothed, where it is so faint that a sensor's noise tears it."""
-    noise = float(np.median(np.abs(np.diff(ink)))) / 0.954  # Of normal noise: 0.6745 times the square root of 2.
     strong = ink[ink > faintest(ink)]
-    if not strong.size:
+    if not strong.size or ink.shape[1] < 2:
         return ink
     level = float(strong @ strong / strong.sum())
+    noise = float(np.median(np.abs(np.diff(ink)))) / 0.954  # Of normal noise: 0.6745 times the square root of 2.
     return ndimage.gaussian_filter(ink, 1.5) if level < 16 * noise else ink
 
 
@@ -264,40 +264,35 @@ def without_frames(ink: np.ndarray) -> np.ndarray:
     mask = ink > max(threshold / 2, faintest(ink))
     parts = Parts(mask)
     dark = np.bincount(parts.labels[ink > threshold], minlength=len(parts.area))
-    boxes = ndimage.find_objects(parts.labels)
     large = np.flatnonzero((parts.side > max(8, 0.05 * max(mask.shape))) & (dark > 0.3 * parts.area))
     large = large[np.argsort(-parts.side[large])][:40]
-    thickness, lines = {}, {}
-    for part in large:
-        shape = parts.labels[boxes[part - 1]] == part
-        thickness[part] = stroke_thickness(shape)
-        lines[part] = straight_lines(shape)
-    strokes = [part for part in large if not lines[part] and parts.side[part] > 2.5 * thickness[part]]
-    if not strokes:  # A 1 or a 4 may be as straight as what is beside it: then it is thicker, or of fewer lines.
-        upright = [part for part in large if not flat(parts, part)]
-        strokes = sorted(upright, key=lambda part: thickness[part] ** 2 / max(lines[part], 1))[-1:]
-    if not strokes:
+    boxes = ndimage.find_objects(parts.labels)
+    shapes = {part: parts.labels[boxes[part - 1]] == part for part in large}
+    thickness = {part: stroke_thickness(shape) for part, shape in shapes.items()}
+    lines = {part: straight_lines(shape) for part, shape in shapes.items()}
+    flat = {part: shape.shape[1] > 3 * shape.shape[0] for part, shape in shapes.items()}
+    candidates = [part for part in large if not lines[part] and parts.side[part] > 2.5 * thickness[part]]
+    if not candidates:  # A 1 or a 4 may be as straight as what is beside it: then it is thicker, or of fewer lines.
+        upright = [part for part in large if not flat[part]]
+        candidates = sorted(upright, key=lambda part: thickness[part] ** 2 / max(lines[part], 1))[-1:]
+    if not candidates:
         return ink
-    weight = [dark[part] * (0.3 if parts.touch_edge[part] else 1) for part in strokes]
-    digit = strokes[int(np.argmax(weight))]
+    digit = max(candidates, key=lambda part: dark[part] * (0.3 if parts.touch_edge[part] else 1))
     side = parts.side[digit]
     beside = np.zeros(len(parts.area), bool)
     for part in large:
         if part == digit or not lines[part] or parts.side[part] < 0.95 * side:
             continue
-        above_or_below = max(parts.top[part] - parts.bottom[digit], parts.top[digit] - parts.bottom[part])
-        left_or_right = max(parts.left[part] - parts.right[digit], parts.left[digit] - parts.right[part])
-        if lines[part] > 1:
+        across = max(parts.left[part] - parts.right[digit], parts.left[digit] - parts.right[part])
+        down = max(parts.top[part] - parts.bottom[digit], parts.top[digit] - parts.bottom[part])
+        if lines[part] > 1:  # A 7 in two parts is not thin.
+            beside[part] = max(across, down) < -side / 2 or parts.side[part] > 15 * thickness[part]
+        elif thickness[part] < 0.5 * thickness[digit]:
             beside[part] = True
-        else:
-            gap, least, enough = (above_or_below, 0.04, 1.3) if flat(parts, part) else (left_or_right, 0.1, 1.6)
-            thin = thickness[part] < 0.5 * thickness[digit]
-            beside[part] = thin or gap > least * side or parts.side[part] > enough * side
+        else:  # As thick as the pen, it may be the stem of a 4, or a stroke from which the pen was lifted.
+            gap, least, enough = (down, 0.04, 1.3) if flat[part] else (across, 0.1, 1.6)
+            beside[part] = gap > least * side or parts.side[part] > enough * side
     return np.where(ndimage.maximum_filter(beside[parts.labels], 3), 0, ink)
-
-
-def flat(parts, part):
-    return parts.right[part] - parts.left[part] > 3 * (parts.bottom[part] - parts.top[part])
 
 
 def straight_lines(shape: np.ndarray) -> int:

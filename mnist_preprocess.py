@@ -16,6 +16,7 @@ from picture_file import (
     JPEG_END,
     MAX_PIXELS,
     MAX_PIXELS_COSTLY,
+    MAX_PIXELS_WEBP,
     MAX_SIDE,
     WORK_SIDE,
     ImageError,
@@ -53,6 +54,7 @@ def open_image(file) -> Image.Image:
         with open(file, "rb") as opened:
             return open_image(opened)
     try:
+        file.seek(0)
         kind, data = for_decoder(file.read())
         if kind == "HEIF":
             import pillow_heif  # Here, because few uploads need it.
@@ -60,8 +62,8 @@ def open_image(file) -> Image.Image:
             pillow_heif.register_heif_opener(thumbnails=False)
         cut_off = kind == "JPEG" and not data.endswith(JPEG_END)
         image = Image.open(io.BytesIO(data + JPEG_END if cut_off else data), formats=[kind])
-        costly = kind in ("WEBP", "HEIF", "AVIF") or "progressive" in image.info
-        most = MAX_PIXELS_COSTLY if costly else MAX_PIXELS
+        costly = kind in ("HEIF", "AVIF") or "progressive" in image.info
+        most = MAX_PIXELS_WEBP if kind == "WEBP" else MAX_PIXELS_COSTLY if costly else MAX_PIXELS
         if image.width * image.height > most:
             raise ImageError(f"the picture has more than {most // 1_000_000} million pixels")
         if max(image.size) > MAX_SIDE:

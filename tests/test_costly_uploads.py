@@ -11,13 +11,15 @@ import sys
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 from wild_digits import encoded
 
 from mnist_preprocess import ROOT
-from picture_file import MAX_PIXELS, MAX_PIXELS_COSTLY, png_chunk
+from picture_file import MAX_PIXELS, MAX_PIXELS_COSTLY, MAX_PIXELS_WEBP, png_chunk
 
+pillow_heif.register_heif_opener()
 UPLOAD = 20 * 2**20  # About what the server accepts.
 SECONDS, MEGABYTES = 2, 400
 READ = """
@@ -120,7 +122,8 @@ def blank(mode: str, width: int, height: int, kind: str, **options):
     return lambda: encoded(Image.new(mode, (width, height), 255 if len(mode) == 1 else None), kind, **options)
 
 
-ROW, SQUARE, COSTLY = MAX_PIXELS, int(MAX_PIXELS**0.5), int(MAX_PIXELS_COSTLY**0.5)
+ROW = MAX_PIXELS
+SQUARE, COSTLY, WEBP = (int(pixels**0.5) for pixels in (MAX_PIXELS, MAX_PIXELS_COSTLY, MAX_PIXELS_WEBP))
 UPLOADS = {
     "JPEG of scans": scans,
     "JPEG of fill bytes": fill_bytes,
@@ -142,8 +145,9 @@ UPLOADS = {
     "BMP of run lengths": run_lengths,
     "PPM of comments": comments_ppm,
     "WebP of EXIF": webp_exif,
-    "WebP, large": blank("RGBA", COSTLY, COSTLY, "WEBP", lossless=True, method=0),
+    "WebP, large": blank("RGBA", WEBP, WEBP, "WEBP", lossless=True, method=0),
     "AVIF, large": blank("RGB", COSTLY, COSTLY, "AVIF", speed=10),
+    "HEIC, large": blank("RGB", COSTLY, COSTLY, "HEIF"),
     "JPEG, large and progressive": blank("RGB", COSTLY, COSTLY, "JPEG", progressive=True, subsampling=0),
     "JPEG, large": blank("RGB", SQUARE, SQUARE, "JPEG", subsampling=0),
 }  # fmt: skip

@@ -7,12 +7,16 @@ import sys
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
-from PIL import Image
-from wild_digits import KINDS, encoded, painted, placed, samples, test_digits, traced
+from PIL import Image, PngImagePlugin
+from wild_digits import KINDS, encoded, painted, placed, samples, test_digits, tight_crop, traced
 
 import mnist_preprocess
 from mnist_preprocess import IMAGE_SHAPE, ImageError, NoDigitError, open_image, preprocess
+from picture_file import png_chunk
+
+pillow_heif.register_heif_opener()
 
 PICTURES, DIGITS = test_digits()
 INK = placed(np.random.default_rng(0), traced(PICTURES[0], 140), 200, 180)
@@ -103,7 +107,7 @@ def test_large_pictures_of_every_mode(mode):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_exif_orientation(orientation, kind):
     exif = Image.Exif()
     exif[274] = orientation
@@ -117,7 +121,7 @@ def test_exif_orientation(orientation, kind):
     assert alike(open_image(io.BytesIO(upload)))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "HEIF", "AVIF"])
 def test_formats(kind):
     assert alike(open_image(io.BytesIO(encoded(COLOUR, kind))))
 
@@ -134,7 +138,7 @@ def test_scipy_is_loaded_for_a_picture_that_needs_it_alone():
     script = """
 import io, sys
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from mnist_preprocess import open_image, preprocess
 with np.load("images/mnist.npz") as mnist:
     picture = Image.fromarray(mnist["x_test"][0])
@@ -216,6 +220,8 @@ UNREADABLE = {
     "cut off": lambda: encoded(COLOUR)[:500],
     "cut off JPEG": lambda: encoded(COLOUR, "JPEG")[:600],
     "bomb": bomb,
+    "PNG, wrong checksum of the header": lambda: with_wrong_checksum(b"IHDR"),
+    "PDF": lambda: b"%PDF-1.7\n",
     "SVG": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>',
     "EPS, which would start a program": lambda: encoded(COLOUR, "EPS"),
 }
@@ -238,6 +244,47 @@ def test_a_webp_is_held_to_fewer_pixels(monkeypatch):
     with pytest.raises(ImageError, match="more than 0 million pixels"):
         open_image(io.BytesIO(encoded(COLOUR, "WEBP")))
     assert alike(open_image(io.BytesIO(encoded(COLOUR, "PNG"))))
+
+
+def with_wrong_checksum(name: bytes) -> bytes:
+    """Return a PNG with a comment whose checksum, or that of its header, is wrong."""
+    png = encoded(COLOUR)
+    png = bytearray(png[:33] + png_chunk(b"tEXt", b"Comment\0a digit") + png[33:])
+    png[png.index(name) + 4 + (13 if name == b"IHDR" else 15)] ^= 1
+    return bytes(png)
+
+
+COMPRESSED_TEXT = PngImagePlugin.PngInfo()
+COMPRESSED_TEXT.add_text("Comment", "digits " * 500_000, zip=True)
+READABLE = {
+    "PNG, large text": lambda: encoded(COLOUR, pnginfo=COMPRESSED_TEXT),
+    "PNG, large colour profile": lambda: encoded(COLOUR, icc_profile=bytes(3_000_000)),
+    "PNG, wrong checksum of a comment": lambda: with_wrong_checksum(b"tEXt"),
+    "JPEG without its last 2 bytes": lambda: encoded(COLOUR, "JPEG")[:-2],
+    "JPEG without its last 20 bytes": lambda: encoded(COLOUR, "JPEG")[:-20],
+    "JPEG, progressive, without its last fifth": lambda: cut_off(encoded(COLOUR, "JPEG", progressive=True), 0.8),
+    "TIFF of JPEG": lambda: encoded(COLOUR, "TIFF", compression="jpeg"),
+}
+
+
+def cut_off(upload: bytes, share: float) -> bytes:
+    return upload[: int(len(upload) * share)]
+
+
+@pytest.mark.parametrize("upload", READABLE)
+def test_what_every_viewer_opens_is_read(upload):
+    assert alike(open_image(io.BytesIO(READABLE[upload]())))
+
+
+def test_a_jpeg_is_read_as_far_as_it_goes():
+    whole = np.asarray(open_image(io.BytesIO(encoded(GRAY, "JPEG"))))
+    part = np.asarray(open_image(io.BytesIO(cut_off(encoded(GRAY, "JPEG"), 0.8))))
+    assert 90 < part.shape[0] < 180 and np.array_equal(part, whole[: part.shape[0]])
+
+
+def test_a_tight_crop_shows_a_digit():
+    uploads = [sample.upload for sample in samples(tight_crop, PICTURES, DIGITS, 100)]
+    assert all(preprocess(open_image(io.BytesIO(upload))).any() for upload in uploads)
 
 
 def test_a_missing_file_is_not_a_broken_picture(tmp_path):

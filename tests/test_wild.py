@@ -30,6 +30,7 @@ COUNT = int(os.environ.get("WILD_COUNT", "20"))
 # By chance a few pictures more may be wrong: two standard deviations, which are 2.4 % of 200 pictures and 7.6 % of 20.
 SLACK = 0 if COUNT >= 200 else 2 * math.sqrt(0.03 * 0.97 / COUNT)
 LOWEST, LOWEST_MEAN = 0.97, 0.99  # What every kind and their mean must reach, held out or not.
+HIGHER = {"tight_crop": 0.99}
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_realistic_pictures_are_read(model, kinds, capsys):
         for name, (right, resized_right) in table.items():
             print(f"| {name.replace('_', ' ')} | {right:.1%} | {resized_right:.1%} |")
         print(f"| **mean** | **{ours:.2%}** | **{naive:.1%}** |")
-    poor = {name: right for name, (right, _) in table.items() if right < LOWEST - SLACK}
-    assert not poor, f"kinds read less than {LOWEST:.0%}: {poor}"
+    poor = {name: right for name, (right, _) in table.items() if right < HIGHER.get(name, LOWEST) - SLACK}
+    assert not poor, f"kinds read less than {LOWEST:.0%} or {HIGHER}: {poor}"
     assert ours >= LOWEST_MEAN - SLACK / 4
     assert naive < 0.5  # Otherwise the pictures are too easy to measure anything.
 
