@@ -56,7 +56,7 @@ def for_decoder(data: bytes) -> tuple[str, bytes]:
         check_tiff(data)
         return "TIFF", data
     if data.startswith(b"BM"):
-        if data[30:31] in (b"\1", b"\2"):
+        if data[14:15] != b"\x0c" and data[30:31] in (b"\1", b"\2"):  # A header of 12 bytes has no compression.
             raise ImageError("a BMP of run lengths is not read: save it as PNG")
         return "BMP", data
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
@@ -76,10 +76,7 @@ def essential_png(data: bytes) -> bytes:
             before.append(data[start:place])
         elif kind == b"IDAT":
             pixels.append(data[start + 8 : place - 4])
-        elif kind in (b"tRNS", b"eXIf") or (
-            kind in (b"iTXt", b"zTXt")
-            and data.startswith((b"XML:com.adobe.xmp\0\0", b"Raw profile type exif"), start + 8)
-        ):
+        elif kind in (b"tRNS", b"eXIf") or data.startswith(ORIENTATION_TEXTS, start + 4):
             if length <= MAX_METADATA and len(before) < 8:
                 before.append(png_chunk(kind, data[start + 8 : place - 4]))
         elif kind == b"IEND" or place > len(data):
