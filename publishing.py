@@ -36,13 +36,15 @@ def new_version(model_directory):
     with _folder_beside_versions(model_directory) as folder:
         taken = [int(name) for name in os.listdir(model_directory) if name.isdecimal()]
         destination = model_directory / str(max(taken, default=0) + 1)
-        version, working_directory = folder / "version", os.getcwd()
+        version, before = folder / "version", (os.getcwd(), tempfile.tempdir)
         version.mkdir()
         os.chdir(version)
+        tempfile.tempdir = str(folder)  # TensorFlow's converter leaves files there until its process ends.
         try:
             yield destination
         finally:
-            os.chdir(working_directory)
+            os.chdir(before[0])
+            tempfile.tempdir = before[1]
         version.rename(destination)
 
 

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -77,8 +78,9 @@ def kill(directory, how, seed, count):
             count -= 1
         elif ended:
             sys.exit(f"publishing failed: {ended}")
-        if how == "stopped" and list(directory.glob(f"{UNFINISHED}*")):
-            sys.exit(f"{number} after {seconds:.3f} s left something behind")
+        left = [*directory.glob(f"{UNFINISHED}*"), *Path(tempfile.gettempdir()).glob("*autograph*")]
+        if how == "stopped" and left:
+            sys.exit(f"{number} after {seconds:.3f} s left {left}")
 
 
 def fill(directory):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 
@@ -276,7 +277,9 @@ def answers(version, pictures=None):
 
 def publishers(model, how, *arguments):
     command = [sys.executable, ROOT / "tests" / "publishers.py", how, model, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    with tempfile.TemporaryDirectory() as temporary:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": temporary}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
