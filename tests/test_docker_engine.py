@@ -29,7 +29,7 @@ def docker(*arguments):
     return subprocess.run(["docker", *arguments], capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def image(request):
     """The stand-in under the name that the script asks for; it and what is built on it are gone afterwards."""
     require(shutil.which("docker"), "there is no docker command")
