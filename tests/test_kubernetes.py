@@ -72,6 +72,13 @@ def render(kubectl):
     return objects
 
 
+class NoEngine:
+    """Lets the Flask application be made, to see its routes."""
+
+    def begin(self):
+        pass
+
+
 def pod(objects, name):
     return objects["Deployment", name]["spec"]["template"]
 
@@ -148,9 +155,9 @@ def test_names_labels_and_ports_agree_with_each_other(render, overlay):
                 targets = [selected(to["podSelector"]["matchLabels"]) for to in rule["to"] if "podSelector" in to]
                 assert all({port["port"] for port in rule["ports"]} <= ports[target] for target in targets)
         elif kind == "Ingress":
-            [path] = spec["rules"][0]["http"]["paths"]
-            service = objects["Service", path["backend"]["service"]["name"]]["spec"]
-            assert path["backend"]["service"]["port"]["name"] in {port["name"] for port in service["ports"]}
+            for path in spec["rules"][0]["http"]["paths"]:
+                service = objects["Service", path["backend"]["service"]["name"]]["spec"]
+                assert path["backend"]["service"]["port"]["name"] in {port["name"] for port in service["ports"]}
             assert spec["tls"][0]["hosts"] == [spec["rules"][0]["host"]]
     assert {name for kind, name in objects if kind == "PodDisruptionBudget"} == labels.keys()
     assert {name for kind, name in objects if kind == "NetworkPolicy"} == labels.keys()
@@ -184,6 +191,11 @@ def test_ports_names_and_flags_are_the_code_s(render, overlay):
     assert port["port"] == PORTS[port["targetPort"]]
     server.parse_args(flask["args"])
 
+    routes = {rule.rule for rule in server.create_app(NoEngine()).url_map.iter_rules()}
+    probed = {flask[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
+    inside = probed | {pod(objects, "flask")["metadata"]["annotations"]["prometheus.io/path"]}
+    public = {path["path"] for path in objects["Ingress", "flask"]["spec"]["rules"][0]["http"]["paths"]}
+    assert inside | public - {"/static"} | {"/static/<path:filename>"} == routes
     annotations = objects["Ingress", "flask"]["metadata"]["annotations"]
     assert annotations["nginx.ingress.kubernetes.io/proxy-body-size"] == f"{server.MAX_UPLOAD >> 20}m"
 
