@@ -251,6 +251,8 @@ def test_images_are_what_the_dockerfiles_make(render):
     dry_run = subprocess.run([ROOT / "scripts" / "triton_cpu.sh", "--dry-run"], capture_output=True, text=True).stdout
     [built] = re.findall(r"--tag=(mnist-triton:\S+)", dry_run)
     assert mounted["image"] == f"registry.example.org/{built}"
+    releases = re.findall(r"tritonserver:(\S+)-py3", (FOLDER / "README.md").read_text())
+    assert set(releases) == {built.partition(":")[2]}
 
 
 def metric_names(text):
