@@ -155,13 +155,13 @@ class TritonEngine:
         return probabilities, result.get_response().model_version
 
     def _infer(self, batch, deadline):
-        """Ask until the deadline, where needed: a Triton that stops still answers, but has no model, and others do."""
+        """Ask again where a Triton stops: it still answers, but cancels requests and has no model, and others do."""
         tensor = self._grpc.InferInput(INPUT_NAME, batch.shape, "FP32").set_data_from_numpy(batch)
         while True:
             try:
                 return self._client.infer(MODEL_NAME, [tensor], client_timeout=deadline - time.monotonic())
             except self._grpc.InferenceServerException as error:
-                if not is_status(error, "NOT_FOUND") or time.monotonic() > deadline - TRITON_SECONDS / 2:
+                if not is_status(error, "NOT_FOUND", "CANCELLED") or time.monotonic() > deadline - TRITON_SECONDS / 2:
                     raise
                 time.sleep(0.05)
 
