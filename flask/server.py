@@ -97,13 +97,8 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
     @app.post("/mnist_infer")
     def mnist_infer():
         """Answer {"Prediction": digit} for the picture in the form's file `image`, or in the body; ?details=1 adds."""
-        try:
-            with one_at_a_time, closing(uploaded_picture()) as upload:
-                pixels = preprocess(open_image(upload))
-        except NoDigitError as error:
-            return jsonify(Error=str(error)), 422
-        except ImageError as error:
-            return jsonify(Error=str(error)), 400
+        with one_at_a_time, closing(uploaded_picture()) as upload:
+            pixels = preprocess(open_image(upload))
         start = time.perf_counter()
         (probabilities,), version = engine.predict(pixels[None])
         seconds = time.perf_counter() - start
@@ -119,6 +114,10 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
                 "Input": png_uri(pixels),
             }
         return jsonify(answer)
+
+    @app.errorhandler(ImageError)
+    def image_error(error):
+        return jsonify(Error=str(error)), 422 if isinstance(error, NoDigitError) else 400
 
     @app.errorhandler(EngineError)
     def engine_error(error):

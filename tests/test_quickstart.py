@@ -21,7 +21,7 @@ MOMENTS = int(os.environ.get("STOP_MOMENTS", "4"))  # At how many, from 0.1 to 5
 @pytest.fixture(scope="module")
 def project(trained_repository, triton, tmp_path_factory):  # `triton` has fetched the server into .triton.
     """A clone that is set up and has a trained model, in a folder whose name is not a plain one."""
-    folder = tmp_path_factory.mktemp("quickstart") / "Übung 1 (x)"
+    folder = tmp_path_factory.mktemp("quickstart") / "Übung 1 [x]"
     made = shutil.ignore_patterns(".git", ".venv", ".uv", ".triton", ".*_cache", "__pycache__", "[0-9]*")
     shutil.copytree(ROOT, folder, ignore=made)
     shutil.copytree(trained_repository / MODEL_NAME / "1", folder / "model_repository" / MODEL_NAME / "1")
