@@ -201,7 +201,8 @@ def faintest(ink: np.ndarray) -> float:
     """Return three standard deviations of the noise, and not less than 8 gray levels."""
     # Of normal noise, a quarter is within 0.32 standard deviations; a quarter of the picture or more is paper, which
     # may be beside 0 a little, so that it is the median; where ink is half of all, it is not.
-    values = ink[::2, ::2]
+    step = max(2, max(ink.shape) // 128)  # So many values tell it as well as all, in a quarter of the time.
+    values = ink[::step, ::step]
     quarter = min(float(np.percentile(np.abs(values - level), 25)) for level in (0, np.median(values)))
     return max(9.4 * quarter, 8.0)
 
