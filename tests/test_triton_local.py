@@ -246,7 +246,8 @@ def test_project_and_models_in_folders_of_any_name(trained_repository, tmp_path,
     environment = folder / ".venv"
     subprocess.run([folder / "ü" / "bin" / "python3", "-m", "venv", "--without-pip", environment], check=True)
     [packages] = environment.glob("lib/python3*/site-packages")
-    (packages / "ours.pth").write_text(sysconfig.get_path("purelib"))
+    (tmp_path / "packages").symlink_to(sysconfig.get_path("purelib"))  # In the C locale, Python reads a .pth as ASCII.
+    (packages / "ours.pth").write_text(str(tmp_path / "packages"))
     start = folder / "start.sh"
     start.write_text(f'#!/bin/sh\nVIRTUAL_ENV="$(dirname "$0")/.venv" exec {shlex.quote(str(script))} "$@"\n')
     start.chmod(0o755)
