@@ -19,5 +19,5 @@ export VIRTUAL_ENV="$PWD/.venv"
 ruff check .
 ruff format --check .
 shellcheck .ci/run scripts/*.sh scripts/*/*.sh tests/*.sh
-hadolint scripts/triton/Dockerfile
+hadolint scripts/triton/Dockerfile flask/Dockerfile
 python -m pytest "$@"

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -96,9 +97,9 @@ def await_nothing(mark, seconds=5):
     return left
 
 
-def start_triton(log, *options, script=ROOT / "scripts" / "triton_local.sh"):
-    """Start triton_local.sh on free ports, wait until the server is ready and return it as Triton."""
-    ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
+def start_triton(log, *options, script=ROOT / "scripts" / "triton_local.sh", ports=None):
+    """Start triton_local.sh on three ports, wait until the server is ready and return it as Triton."""
+    ports = dict(zip(("http", "grpc", "metrics"), ports or free_ports(3), strict=True))
     command = [script, *(f"--{name}-port={port}" for name, port in ports.items())]
     # This Python's environment, whether it was activated or not, and a process group, so that a test can press Ctrl-C.
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
@@ -184,8 +185,8 @@ class FlaskServer:
 
 
 @contextmanager
-def flask_server(log, repository, *options, host=HOST, port=None, program=(ROOT / "flask" / "server.py",)):
-    """Start flask/server.py on a free port, wait until it answers and stop it at the end, if the test did not."""
+def flask_server(log, repository, *options, host=HOST, port=None, program=(SERVER,)):
+    """Start flask/server.py, wait until it answers, and stop it at the end if the test did not; any port by default."""
     port = port or free_ports(1)[0]
     command = [sys.executable, *program, f"--port={port}", "--model-repository", repository]
     # A process group of its own, so that a test can press Ctrl-C.

@@ -1,7 +1,7 @@
-"""Ask every model that Triton serves for one inference, of zeros: Docker's HEALTHCHECK, run in the container.
+"""Ask every model that Triton serves for inferences, of zeros: Docker's HEALTHCHECK, run in the container.
 
-Triton calls a model ready whose process is dead; this leaves with status 1 then, and where no answer comes. A refusal
-is an answer: a model need not take zeros.
+Triton calls a model ready whose process is dead; this leaves with status 1 then, and where no answer comes.
+A refusal is an answer: a model need not take zeros.
 """
 
 import json
@@ -44,10 +44,11 @@ def main():
             path = f"models/{quote(model['name'])}"
             inputs = zeros(ask(path))
             if all(len(tensor["data"]) <= LARGEST for tensor in inputs):
-                error = ask(f"{path}/infer", {"inputs": inputs}).get("error", "")
-                if "is not healthy" in error:
-                    print(error, file=sys.stderr)
-                    return 1
+                for _ in range(2 * instances(ask(f"{path}/config"))):
+                    error = ask(f"{path}/infer", {"inputs": inputs}).get("error", "")
+                    if "is not healthy" in error:
+                        print(error, file=sys.stderr)
+                        return 1
     except (OSError, ValueError) as error:
         print(f"Triton does not answer: {error}", file=sys.stderr)
         return 1
