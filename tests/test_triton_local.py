@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -20,7 +21,16 @@ from conftest import await_nothing, children, copy_configuration, free_ports, st
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
-from mnist_preprocess import HOST, INPUT_NAME, MODEL_NAME, OUTPUT_NAME, ROOT
+from mnist_preprocess import (
+    HOST,
+    INPUT_NAME,
+    MODEL_NAME,
+    OUTPUT_NAME,
+    ROOT,
+    TRITON_GRPC_PORT,
+    TRITON_HTTP_PORT,
+    TRITON_METRICS_PORT,
+)
 
 SCRIPT = ROOT / "scripts" / "triton_local.sh"
 SHARED_MEMORY = Path("/dev/shm")
@@ -49,6 +59,11 @@ def copy_project(folder):
 
 def ports_options(ports):
     return [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
+
+
+def test_ports_are_those_of_the_project():  # setup.sh runs local.py before there is a NumPy to import them with.
+    services = runpy.run_path(str(ROOT / "scripts" / "triton" / "local.py"))["SERVICES"]
+    assert services == {"http": TRITON_HTTP_PORT, "grpc": TRITON_GRPC_PORT, "metrics": TRITON_METRICS_PORT}
 
 
 def test_help_is_the_header():
