@@ -519,16 +519,18 @@ def test_access_log(trained_repository, tmp_path):
 
 
 def test_uploads_have_a_budget_together(server):
-    """Some more than it stall after 19 MiB each: nobody is told off, or waits, but those who come too late."""
+    """Four times as many as it allows stall after 19 MiB each: nobody is told off, but those who come too late."""
     most = form(bytes(19 * 2**20))
     head = f"{HEAD}Content-Length: {len(most)}\r\n\r\n".encode()
+    before = memory(server)
     with ExitStack() as stack:
-        for _ in range(2 * MAX_HELD // len(most) + 4):
+        # The kernel spreads them over the two workers, but not evenly.
+        for _ in range(2 * 4 * MAX_HELD // len(most)):
             connection = stack.enter_context(socket.create_connection((HOST, server.port), timeout=60))
             with suppress(ConnectionError):
                 connection.sendall(head + most[:-1])
-        # The kernel spreads them over two workers, but not evenly.
-        assert max(memory(server).values()) < 400_000
+        # Each thread's malloc keeps some of what its upload left behind as it grew, or was dropped.
+        assert max(now - before[pid] for pid, now in memory(server).items()) < 3 * MAX_HELD / 1024
         assert 503 in {ask(server, body=most)[0] for _ in range(20)}
     wait_for(lambda: {ask(server)[0] for _ in range(20)} == {200})
 
