@@ -211,7 +211,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--model-repository", type=Path, default=MODEL_REPOSITORY, metavar="DIR", help="Triton's layout"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that answer")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes that answer"
+    )
     parser.add_argument("--triton", metavar="HOST:PORT", help="let Triton answer, over gRPC: HOST:PORT[,HOST:PORT...]")
     parser.add_argument("--access-log", action="store_true", help="write a line for each request")
     parser.add_argument(

@@ -358,9 +358,14 @@ def server(trained_repository, tmp_path_factory):
 
 @pytest.fixture
 def stoppable(trained_repository, tmp_path):
-    """A server that the test may stop."""
-    with flask_server(tmp_path / "log", trained_repository, "--workers=2") as server:
-        yield server
+    """A server on two CPUs that the test may stop."""
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(every)[:2])
+    try:
+        with flask_server(tmp_path / "log", trained_repository, "--workers=2") as server:
+            yield server
+    finally:
+        os.sched_setaffinity(0, every)
 
 
 def ask(server, path="/mnist_infer", body=None, **headers):
@@ -388,6 +393,11 @@ def memory(server):
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         found[pid] = int(lines["VmRSS"].split()[0])
     return found
+
+
+def cpus(server):
+    """Return the CPUs on which each worker may run, in order."""
+    return sorted(sorted(os.sched_getaffinity(pid)) for pid in processes(server))
 
 
 def test_curl_line_of_the_tutorial(server):
@@ -710,13 +720,18 @@ def test_reloading_loses_no_request(stoppable, reuse):
 
     assert under_load(stoppable, act, reuse).keys() == {200}
     assert len(processes(stoppable)) == len(workers)
+    assert len(set(map(tuple, cpus(stoppable)))) == len(os.sched_getaffinity(0))
 
 
 def test_killed_worker_is_replaced(stoppable):
     workers = processes(stoppable)
+    each_on = [[cpu] for cpu in sorted(os.sched_getaffinity(0))]
+    each_on *= len(workers) // len(each_on)  # On the only one, where there is but one.
+    wait_for(lambda: cpus(stoppable) == each_on)
     os.kill(workers[0], signal.SIGKILL)
     wait_for(lambda: len(set(processes(stoppable)) - set(workers)) == 1)
     assert [ask(stoppable)[0] for _ in range(20)] == [200] * 20
+    wait_for(lambda: cpus(stoppable) == each_on)
 
 
 def test_killed_server_leaves_no_worker(stoppable):
