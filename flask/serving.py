@@ -29,6 +29,7 @@ HEADER_SECONDS = 10  # For the headers of a request, and between two requests of
 LATE_AT_ONCE = 50
 CONNECTIONS = 2048  # At most, in each worker; the kernel lets further ones wait.
 OTHER_FILES = 256  # At most, beside the connections.
+ESTABLISHED, CLOSE_WAIT = 1, 8  # States of a connection, in struct tcp_info of linux/tcp.h.
 DRAIN_SECONDS = 0.5  # How long a stopping worker still accepts connections.
 CLOSE_SECONDS = 0.2  # How long granian may then take to close its listener.
 STOP_SECONDS = 6  # How long it then waits for uploads that are under way.
@@ -46,7 +47,7 @@ def receive_upload(environ):
         size = upload.receive(stream, length)
         if time.monotonic() - began > UPLOAD_SECONDS:
             raise RequestTimeout(f"the upload took more than {UPLOAD_SECONDS} seconds: send it again")
-        if length and size < length:
+        if size < (length or 0) or (length is None and client_stopped_sending(environ)):
             raise BadRequest("the upload was cut short: send it again")
 
 
@@ -181,16 +182,33 @@ def end_late_uploads(port):
     ends LATE_AT_ONCE of them: each is answered, and others wait meanwhile.
     """
     ended = 0
+    for connection, _, state, milliseconds_since_sent in connections(port):
+        late = milliseconds_since_sent > 1000 * (HEADER_SECONDS + UPLOAD_SECONDS)
+        if state == ESTABLISHED and late and ended < LATE_AT_ONCE:
+            with suppress(OSError):  # Its client may have left.
+                connection.shutdown(socket.SHUT_RD)
+                ended += 1
+
+
+def client_stopped_sending(environ):
+    """Tell whether a request's client, or another of its address, has shut the side on which it sends.
+
+    granian's stream ends alike after the last chunk and where a client stops before it.
+    """
+    return any(
+        client == environ["REMOTE_ADDR"] and state == CLOSE_WAIT
+        for _, client, state, _ in connections(int(environ["SERVER_PORT"]))
+    )
+
+
+def connections(port):
+    """Yield this worker's connections with their client's address, state, and milliseconds since they last sent."""
     for number in os.listdir("/proc/self/fd"):
         # It may have been closed since it was listed.
         with suppress(OSError):
             if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
                 continue
-            with socket.fromfd(int(number), socket.AF_INET, socket.SOCK_STREAM) as connection:
-                # The first byte is the state, 1 for an established connection (struct tcp_info of linux/tcp.h).
+            with socket.socket(fileno=os.dup(int(number))) as connection:
                 information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
-                state, milliseconds_since_sent = struct.unpack("=B43xI", information)
-                late = milliseconds_since_sent > 1000 * (HEADER_SECONDS + UPLOAD_SECONDS)
-                if state == 1 and late and connection.getsockname()[1] == port and ended < LATE_AT_ONCE:
-                    connection.shutdown(socket.SHUT_RD)
-                    ended += 1
+                if connection.getsockname()[1] == port:
+                    yield connection, connection.getpeername()[0], *struct.unpack("=B43xI", information)

@@ -474,6 +474,9 @@ def test_upload_that_takes_too_long(trained_repository, tmp_path):
         pytest.param(CHUNKED + f"{len(form(SAMPLE)):x}\r\n".encode() + form(SAMPLE)[:99], id="within a chunk"),
         pytest.param(CHUNKED + b"63\r\n" + form(SAMPLE)[:99] + b"\r\n", id="between chunks"),
         pytest.param(CHUNKED + b"no number\r\n" + form(SAMPLE), id="no chunk"),
+        pytest.param(
+            CHUNKED + f"{len(form(SAMPLE)):x}\r\n".encode() + form(SAMPLE) + b"\r\n", id="before the last chunk"
+        ),
     ],
 )
 def test_upload_cut_short(server, sent):
