@@ -43,9 +43,8 @@ from mnist_preprocess import (
     MODEL_REPOSITORY,
     ImageError,
     NoDigitError,
-    open_image,
-    preprocess,
 )
+from picture_process import read_picture
 from saved_model import ModelError
 
 FIELD = "image"  # The form's file.
@@ -98,7 +97,7 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
     def mnist_infer():
         """Answer {"Prediction": digit} for the picture in the form's file `image`, or in the body; ?details=1 adds."""
         with one_at_a_time, closing(uploaded_picture()) as upload:
-            pixels = preprocess(open_image(upload))
+            pixels = read_picture(upload)
         start = time.perf_counter()
         (probabilities,), version = engine.predict(pixels[None])
         seconds = time.perf_counter() - start
