@@ -159,7 +159,11 @@ def load_worker(server, load_app, refresh):
 def watch(refresh, port, inherited):
     """In a worker, end late uploads; at SIGTERM or the main process's death drain, have granian stop, and leave."""
     parent = multiprocessing.parent_process().pid
-    while os.getppid() == parent and not signal.sigtimedwait([signal.SIGTERM], 1):
+    while os.getppid() == parent:
+        received = signal.sigtimedwait([signal.SIGTERM], 1)
+        # After a pause, as of a laptop or a container, CPython gives what is no signal: memory that nobody has set.
+        if received and received.si_signo == signal.SIGTERM:
+            break
         end_late_uploads(port)
         refresh()
     if os.getppid() != parent:

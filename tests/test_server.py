@@ -737,6 +737,17 @@ def test_killed_worker_is_replaced(stoppable):
     wait_for(lambda: cpus(stoppable) == each_on)
 
 
+def test_paused_server_goes_on(stoppable):
+    workers = processes(stoppable)
+    os.killpg(stoppable.process.pid, signal.SIGSTOP)
+    time.sleep(2)
+    os.killpg(stoppable.process.pid, signal.SIGCONT)
+    time.sleep(2)
+    assert {ask(stoppable)[0] for _ in range(20)} == {200}
+    assert processes(stoppable) == workers
+    assert "Stopping" not in stoppable.log.read_text()
+
+
 def test_killed_server_leaves_no_worker(stoppable):
     workers = processes(stoppable)
     (folder,) = Path("/dev/shm").glob(f"flask-{stoppable.process.pid}-*")
