@@ -45,7 +45,8 @@ from mnist_preprocess import (
 )
 
 EXPECTED = {"inputs": (INPUT_NAME, "FP32", [-1, *IMAGE_SHAPE]), "outputs": (OUTPUT_NAME, "FP32", [-1, CLASSES])}
-CLASS = re.compile(rb"(\d\.\d+):(\d+)(?::(.*))?", re.DOTALL)  # Probability, class, label where there is one.
+# Probability, class, and label where there is one: a damaged labels.txt may have another digit's there.
+CLASS = re.compile(rb"(\d\.\d+):(\d+)(?::(\2\s*|\D.*|))?", re.DOTALL)
 # What the clients raise for answers that are not Triton's: other JSON, deep JSON, lengths that are not true.
 NONSENSE = (
     ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
@@ -93,7 +94,8 @@ def ask(client_module, url, model_name, batch, timeout, top=None):
             answer = infer(client_module, url, model_name, batch, timeout, top)
         if is_valid(answer, len(batch), top):
             return answer
-        raise ServerError(f"what {url} answered is not the {OUTPUT_NAME} of {model_name} for one picture")
+        labels = ", or its labels.txt names other digits" if top else ""
+        raise ServerError(f"what {url} answered is not the {OUTPUT_NAME} of {model_name} for one picture{labels}")
     except TooLate:
         raise ServerError(f"{url} did not answer within {timeout:g} s: see --timeout") from None
     except (OSError, HTTPException) as error:

@@ -353,6 +353,7 @@ BAD_CLASSES = {
     "NaN": classes(b"nan:7:7", b"0.1:1:1", b"0.0:2:2"),
     "no number": classes(b"0.9", b"0.1", b"0.0"),
     "empty": classes(b"", b"", b""),
+    "labels of other digits": classes(b"0.9:7:6", b"0.1:1:0", b"0.0:2:1"),
     "a length that lies": binary(8, b"\xff\xff\xff\x7f0.9:", datatype="BYTES", shape=[1, 3]),
 }
 
@@ -595,9 +596,9 @@ def test_top_names_the_best(ask, run):
 
 
 def test_top_prints_the_label(run):
-    with fake_http(GOOD, classes("0.91:7:sieben ü".encode(), b"0.01:1")) as url:
-        _, out, _ = run(f"--http-url={url}", "--top=2")
-    assert out == "HTTP Service | Prediction: sieben ü (91.00%), 1 (1.00%)\n"
+    with fake_http(GOOD, classes("0.91:7:sieben ü".encode(), b"0.01:1", b"0.0:2:")) as url:
+        _, out, _ = run(f"--http-url={url}", "--top=3")
+    assert out == "HTTP Service | Prediction: sieben ü (91.00%), 1 (1.00%), 2 (0.00%)\n"
 
 
 def test_show_prints_what_the_model_sees(run):
