@@ -34,9 +34,9 @@ def read_picture(file):
 
     Raises ImageError when it cannot be read within SECONDS.
     """
-    head, size = file.read(SMALL), file.seek(0, io.SEEK_END)
+    is_png, size = file.read(len(PNG)) == PNG, file.seek(0, io.SEEK_END)
     file.seek(0)
-    if size <= SMALL and head.startswith(PNG):
+    if is_png and size <= SMALL:
         return preprocess(open_image(file))
     if reader().poll() is not None:  # The last picture has ended it, or somebody else.
         reader().communicate()
