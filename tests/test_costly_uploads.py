@@ -43,11 +43,21 @@ print(json.dumps([said, time.process_time() - start, most_memory() - before]))
 PIXELS = Image.fromarray(np.uint8(np.indices((90, 100)).sum(axis=0)))
 
 
-def scans() -> bytes:
-    """A progressive JPEG whose last scan comes 10 000 times."""
-    jpeg = encoded(Image.new("L", (5000, 3900), 200), "JPEG", progressive=True)
+def scans(progressive: bool) -> bytes:
+    """A JPEG whose last scan comes up to 10 000 times."""
+    jpeg = encoded(Image.new("L", (5000, 3900), 200), "JPEG", progressive=progressive)
     last = jpeg.rindex(b"\xff\xda")
     return jpeg[:-2] + jpeg[last:-2] * min(10_000, UPLOAD // (len(jpeg) - last)) + jpeg[-2:]
+
+
+def separate_colours(size, times: int) -> bytes:
+    """A JPEG with a scan for each colour, as often as that, which libjpeg decodes in memory before it shows any."""
+    gray = encoded(Image.new("L", size, 200), "JPEG")
+    frame, scan = gray.index(b"\xff\xc0"), gray.index(b"\xff\xda")
+    colours = b"".join(bytes((colour, 0x11, 0)) for colour in (1, 2, 3))
+    head = gray[:frame] + struct.pack(">HHBHHB", 0xFFC0, 17, 8, *size[::-1], 3) + colours + gray[frame + 13 : scan]
+    every = [gray[scan : scan + 5] + bytes((colour,)) + gray[scan + 6 : -2] for colour in (1, 2, 3)]
+    return head + b"".join(every * times) + gray[-2:]
 
 
 def fill_bytes() -> bytes:
@@ -125,7 +135,10 @@ def blank(mode: str, width: int, height: int, kind: str, **options):
 ROW = MAX_PIXELS
 SQUARE, COSTLY, WEBP = (int(pixels**0.5) for pixels in (MAX_PIXELS, MAX_PIXELS_COSTLY, MAX_PIXELS_WEBP))
 UPLOADS = {
-    "JPEG of scans": scans,
+    "JPEG of scans": lambda: scans(progressive=False),
+    "JPEG of progressive scans": lambda: scans(progressive=True),
+    "JPEG of a scan a colour": lambda: separate_colours((SQUARE, SQUARE), times=10),
+    "JPEG of many scans a colour": lambda: separate_colours((5000, 3900), times=40),
     "JPEG of fill bytes": fill_bytes,
     "JPEG of markers": lambda: segments(b"\xff\xe2\0\2"),
     "JPEG of profiles": lambda: segments(b"\xff\xe2\xff\xff" + b"ICC_PROFILE\0\1\1".ljust(65533)),
