@@ -91,7 +91,7 @@ def preprocess(image: Image.Image) -> np.ndarray:
     mnist = as_it_is(image)  # Before anything else: what follows takes longer than the model does.
     if mnist is None:
         pixels = as_pixels(image)
-        mnist = as_it_is(as_image(pixels))
+        mnist = as_it_is(as_image(pixels)) if pixels.shape == IMAGE_SHAPE else None
     if mnist is None:
         from digit_finder import find_digit  # Here, because SciPy's import takes 0.14 s, which most uploads can spare.
 

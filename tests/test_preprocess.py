@@ -10,7 +10,19 @@ import numpy as np
 import pillow_heif
 import pytest
 from PIL import Image, PngImagePlugin
-from wild_digits import KINDS, encoded, painted, placed, samples, test_digits, tight_crop, traced
+from wild_digits import (
+    KINDS,
+    encoded,
+    lit,
+    noisy,
+    painted,
+    placed,
+    ruled,
+    samples,
+    test_digits,
+    tight_crop,
+    traced,
+)
 
 import mnist_preprocess
 from mnist_preprocess import IMAGE_SHAPE, ImageError, NoDigitError, open_image, preprocess
@@ -263,6 +275,8 @@ READABLE = {
     "JPEG without its last 2 bytes": lambda: encoded(COLOUR, "JPEG")[:-2],
     "JPEG without its last 20 bytes": lambda: encoded(COLOUR, "JPEG")[:-20],
     "JPEG, progressive, without its last fifth": lambda: cut_off(encoded(COLOUR, "JPEG", progressive=True), 0.8),
+    "JPEG before another picture": lambda: encoded(COLOUR, "JPEG") + encoded(Image.new("L", (9, 9)), "JPEG"),
+    "JPEG before a film": lambda: encoded(COLOUR, "JPEG") + b"film" * 50_000,
     "TIFF of JPEG": lambda: encoded(COLOUR, "TIFF", compression="jpeg"),
 }
 
@@ -280,6 +294,18 @@ def test_a_jpeg_is_read_as_far_as_it_goes():
     whole = np.asarray(open_image(io.BytesIO(encoded(GRAY, "JPEG"))))
     part = np.asarray(open_image(io.BytesIO(cut_off(encoded(GRAY, "JPEG"), 0.8))))
     assert 90 < part.shape[0] < 180 and np.array_equal(part, whole[: part.shape[0]])
+
+
+@pytest.mark.parametrize("share", [12, 7, 4, 2])
+def test_a_digit_of_any_size_on_squared_paper(share):
+    """In the half size in which a large picture is looked at first, a small digit is nothing beside the squares."""
+    rng = np.random.default_rng(1)
+    width, height = 1600, 1200
+    page = ruled(rng, width, height, (245, 245, 240), (170, 190, 225), 72, squared=True, thickness=4)
+    ink = placed(rng, traced(PICTURES[0], width // share), width, height, 40)
+    photo = noisy(rng, lit(rng, painted(ink, page, (30, 30, 90)), 0.6), 5)
+    seen = preprocess(open_image(io.BytesIO(encoded(photo, "JPEG"))))
+    assert np.corrcoef(seen.ravel(), PICTURES[0].ravel())[0, 1] > 0.9
 
 
 def test_a_tight_crop_shows_a_digit():
