@@ -5,27 +5,13 @@ from mnist_preprocess import open_image, preprocess
 pixels = preprocess(open_image("images/sample_image.png"))  # (28, 28, 1) float32, 0 to 255, white on black
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops
 
-from picture_file import (
-    BROKEN_FILE,
-    JPEG_END,
-    MAX_PIXELS,
-    MAX_PIXELS_COSTLY,
-    MAX_PIXELS_WEBP,
-    MAX_SIDE,
-    WORK_SIDE,
-    ImageError,
-    NoDigitError,
-    as_image,
-    as_pixels,
-    decoded_part,
-    for_decoder,
-)
+from picture_file import ImageError as ImageError  # For those who call open_image().
+from picture_file import NoDigitError, as_image, as_pixels, decoded
 
 ROOT = Path(__file__).resolve().parent
 MODEL_REPOSITORY = ROOT / "model_repository"
@@ -47,37 +33,13 @@ TRITON_METRICS_PORT = 8002
 def open_image(file) -> Image.Image:
     """Open and decode a picture from a path or a binary file object; of an animation, its first frame.
 
-    Large JPEGs are decoded at a reduced scale, and as far as they go. Raises ImageError when it is not a picture that
-    can be read, or has more pixels or parts than picture_file.py allows; OSError when there is no such file.
+    Raises ImageError when it is not a picture that can be read, or has more pixels or parts than picture_file.py
+    allows; OSError when there is no such file.
     """
-    if not hasattr(file, "read"):
-        with open(file, "rb") as opened:
-            return open_image(opened)
-    try:
+    if hasattr(file, "read"):
         file.seek(0)
-        kind, data = for_decoder(file.read())
-        if kind == "HEIF":
-            import pillow_heif  # Here, because few uploads need it.
-
-            pillow_heif.register_heif_opener(thumbnails=False)
-        cut_off = kind == "JPEG" and not data.endswith(JPEG_END)
-        image = Image.open(io.BytesIO(data + JPEG_END if cut_off else data), formats=[kind])
-        costly = kind in ("HEIF", "AVIF") or "progressive" in image.info
-        most = MAX_PIXELS_WEBP if kind == "WEBP" else MAX_PIXELS_COSTLY if costly else MAX_PIXELS
-        if image.width * image.height > most:
-            raise ImageError(f"the picture has more than {most // 1_000_000} million pixels")
-        if max(image.size) > MAX_SIDE:
-            raise ImageError(f"the picture has more than {MAX_SIDE} pixels along a side")
-        scale = 0.625 * WORK_SIDE / max(image.size)  # draft() halves as often as both sides stay at least this large.
-        image.draft(None, (int(image.width * scale), int(image.height * scale)))
-        image.load()
-        return decoded_part(image) if cut_off else image
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"the picture has more than {MAX_PIXELS // 1_000_000} million pixels") from error
-    except BROKEN_FILE as error:
-        raise ImageError("the picture is damaged: it cannot be decoded") from error
+        return decoded(file.read())
+    return decoded(Path(file).read_bytes())
 
 
 def preprocess(image: Image.Image) -> np.ndarray:

@@ -3,6 +3,7 @@
 What a decoder does not need, and what would make it slow or large, is taken out of a file before a decoder sees it.
 """
 
+import io
 import re
 import struct
 import warnings
@@ -39,6 +40,38 @@ class ImageError(ValueError):
 
 class NoDigitError(ImageError):
     """A picture that can be read, and shows no digit."""
+
+
+def decoded(data: bytes) -> Image.Image:
+    """Return the picture in a file; of an animation, its first frame.
+
+    Large JPEGs are decoded at a reduced scale, and as far as they go. Raises ImageError when it cannot be read, or has
+    more pixels or parts than pictures have.
+    """
+    try:
+        kind, data = for_decoder(data)
+        if kind == "HEIF":
+            import pillow_heif  # Here, because few uploads need it.
+
+            pillow_heif.register_heif_opener(thumbnails=False)
+        cut_off = kind == "JPEG" and not data.endswith(JPEG_END)
+        image = Image.open(io.BytesIO(data + JPEG_END if cut_off else data), formats=[kind])
+        costly = kind in ("HEIF", "AVIF") or "progressive" in image.info
+        most = MAX_PIXELS_WEBP if kind == "WEBP" else MAX_PIXELS_COSTLY if costly else MAX_PIXELS
+        if image.width * image.height > most:
+            raise ImageError(f"the picture has more than {most // 1_000_000} million pixels")
+        if max(image.size) > MAX_SIDE:
+            raise ImageError(f"the picture has more than {MAX_SIDE} pixels along a side")
+        scale = 0.625 * WORK_SIDE / max(image.size)  # draft() halves as often as both sides stay at least this large.
+        image.draft(None, (int(image.width * scale), int(image.height * scale)))
+        image.load()
+        return decoded_part(image) if cut_off else image
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"the picture has more than {MAX_PIXELS // 1_000_000} million pixels") from error
+    except BROKEN_FILE as error:
+        raise ImageError("the picture is damaged: it cannot be decoded") from error
 
 
 def for_decoder(data: bytes) -> tuple[str, bytes]:

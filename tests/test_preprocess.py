@@ -25,6 +25,7 @@ from wild_digits import (
 )
 
 import mnist_preprocess
+import picture_file
 from mnist_preprocess import IMAGE_SHAPE, ImageError, NoDigitError, open_image, preprocess
 from picture_file import png_chunk
 
@@ -252,7 +253,7 @@ def test_a_bomb_is_refused_before_it_is_decoded():
 
 
 def test_a_webp_is_held_to_fewer_pixels(monkeypatch):
-    monkeypatch.setattr(mnist_preprocess, "MAX_PIXELS_WEBP", COLOUR.width * COLOUR.height - 1)
+    monkeypatch.setattr(picture_file, "MAX_PIXELS_WEBP", COLOUR.width * COLOUR.height - 1)
     with pytest.raises(ImageError, match="more than 0 million pixels"):
         open_image(io.BytesIO(encoded(COLOUR, "WEBP")))
     assert alike(open_image(io.BytesIO(encoded(COLOUR, "PNG"))))
