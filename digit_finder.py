@@ -11,8 +11,8 @@ from scipy import ndimage
 
 from picture_file import NoDigitError, as_image, as_pixels, four_sided
 
-# A picture with more pixels along both sides is looked at in half its size first: that takes a third of the time, and
-# shows a digit as well that is so large then, in pixels, and has such a share of all ink that it is nearly alone.
+# A picture with more pixels than this along both sides is looked at in half its size first, in half the time. That is
+# enough for a digit which is at least so large then, in pixels, and is so much of all ink that it is nearly alone.
 FULL_SIDE, LARGE_DIGIT, ALONE = 256, 40, 0.9
 PAPER_GRID = 24  # Cells along the longer side of the grid on which the paper's brightness is estimated.
 
@@ -219,7 +219,7 @@ def noise_of(ink: np.ndarray) -> float:
     """Return three standard deviations of the noise, and not less than 8 gray levels."""
     # Of normal noise, a quarter is within 0.32 standard deviations; a quarter of the picture or more is paper, which
     # may be beside 0 a little, so that it is the median; where ink is half of all, it is not.
-    step = max(2, max(ink.shape) // 64)  # So many values tell it as well as all, in a quarter of the time.
+    step = max(2, max(ink.shape) // 64)  # So many values tell it as well as all.
     values = np.sort(ink[::step, ::step], axis=None)
     quarter = min(np.sort(np.abs(values - level))[values.size // 4] for level in (0, values[values.size // 2]))
     return max(9.4 * float(quarter), 8.0)
