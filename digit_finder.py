@@ -135,7 +135,7 @@ def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
         little_more = sloping.ink.sum() < 1.5 * uneven.ink.sum() and sloping.at_rim < min(0.2, uneven.at_rim + 0.01)
         if sloping.separation > uneven.separation and little_more:
             best = sloping
-    return ((pixels - enlarged(best.cells, image.size)) @ best.axis) * inside
+    return (pixels @ best.axis - enlarged((best.cells @ best.axis)[..., None], image.size)[..., 0]) * inside
 
 
 class Paper:
@@ -172,8 +172,10 @@ def as_colours(image: Image.Image) -> np.ndarray:
 
 
 def enlarged(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return (rows, columns, channels) float32, in whole gray levels, resized smoothly to (width, height)."""
-    return as_colours(as_image(np.uint8(grid.clip(0, 255) + np.float32(0.5))).resize(size, Image.Resampling.BILINEAR))
+    """Return (rows, columns, channels) float32 resized smoothly to (width, height)."""
+    # Channel by channel, because Pillow resizes several in whole gray levels only, which faint pencil is near to.
+    channels = [Image.fromarray(grid[..., i]).resize(size, Image.Resampling.BILINEAR) for i in range(grid.shape[2])]
+    return np.stack(channels, axis=-1)
 
 
 def main_axis(colours: np.ndarray) -> np.ndarray:
