@@ -46,7 +46,7 @@ def page(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A page is a region of one brightness with four sides and something in it, that does not fill the picture.
     """
-    factor = -(-max(pixels.shape) // 96)
+    factor = -(-max(pixels.shape) // 128)
     small = as_colours(as_image(pixels).reduce(factor))
     small -= small.mean(axis=(0, 1))
     value = small @ main_axis(small)
@@ -125,7 +125,7 @@ def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     is_even = (at_rim < as_paper).mean() > 0.75 and (anywhere < as_paper).mean() > 0.25
     if is_even and even.separation > uneven.separation and even.ink.sum() < 2.5 * uneven.ink.sum():
         best = even
-    elif uneven.separation < 0.85:  # On clear photos it is 0.9 and more; to look on would take an eighth of the time.
+    else:
         # Light that falls off smoothly is smooth below broad strokes, too. A shadow's edge would be left over as ink,
         # which would reach the rim.
         uneven = Paper(uneven.cells, smooth)
