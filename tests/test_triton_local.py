@@ -227,6 +227,54 @@ def test_stopped_at_any_moment_it_leaves_nothing(number, trained_repository, tmp
             socket.create_server((HOST, port)).close()
 
 
+SLOW_MODEL = """
+import time
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        time.sleep(4)
+        return [pb_utils.InferenceResponse([pb_utils.get_input_tensor_by_name(r, "x")]) for r in requests]
+"""
+SLOW_CONFIG = """
+backend: "python"
+input { name: "x" data_type: TYPE_FP32 dims: [1] }
+output { name: "x" data_type: TYPE_FP32 dims: [1] }
+"""
+
+
+def test_stop_waits_for_requests_and_not_long_for_idle_connections(tmp_path):
+    version = tmp_path / "models" / "slow" / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(SLOW_MODEL)
+    (version.parent / "config.pbtxt").write_text(SLOW_CONFIG)
+    server = start_triton(tmp_path / "triton.log", f"--model-repository={version.parents[1]}")
+    answers = []
+    with server.http as idle, server.grpc as client:
+        assert idle.is_server_ready()
+        number = np.float32([7])
+        tensor = grpc.InferInput("x", [1], "FP32").set_data_from_numpy(number)
+        client.async_infer("slow", [tensor], lambda result, error: answers.append(error or result.as_numpy("x")))
+        time.sleep(1)
+        began = time.monotonic()
+        stop_triton(server)  # With status 1, since a client was left.
+        assert time.monotonic() - began < 20  # Triton itself gives an idle connection 30 s.
+    assert answers == [number]
+
+
+def test_current_folder_does_not_matter(trained_repository, tmp_path, monkeypatch):
+    for name in ("model.py", "saved_model.py", "triton_python_backend_utils.py"):
+        (tmp_path / name).write_text("raise RuntimeError('the wrong file')")
+    (tmp_path / "models").symlink_to(trained_repository)
+    monkeypatch.chdir(tmp_path)
+    server = start_triton(tmp_path / "triton.log", "--model-repository=models")
+    try:
+        with server.http as client:
+            assert client.is_model_ready(MODEL_NAME)
+    finally:
+        assert stop_triton(server) == 0
+
+
 @pytest.mark.parametrize("victim", ["stub", "tritonserver", "triton_local.sh"])
 def test_killed_part_takes_all_with_it(victim, trained_repository, tmp_path, monkeypatch):
     mark = f"mark={uuid.uuid4()}"

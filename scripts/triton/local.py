@@ -5,7 +5,7 @@
 Needs Linux (x86-64 or arm64, glibc 2.35 or newer) and Python 3.10 to 3.12 with requirements.txt installed: that of the
 active virtual environment, else of .venv, else python3. The first run downloads Triton (55 MB) into .triton;
 --download alone does that and ends. HTTP listens on 127.0.0.1:8000, gRPC on 8001, metrics on 8002. Options go to
-tritonserver, for example
+tritonserver, paths in them absolute but for --model-repository, for example
   --http-port=9000 --grpc-port=9001 --metrics-port=9002   other ports
   --http-address=0.0.0.0 --grpc-address=0.0.0.0           let other machines ask
   --model-repository=DIR                                  other models
@@ -37,7 +37,7 @@ SERVICES = {"http": 8000, "grpc": 8001, "metrics": 8002}
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 16 << 20  # A stub needs 1 MB, and more for larger tensors.
 WATCH_SECONDS = 2
-LAST_SECONDS = 10  # How long a Triton with a dead stub may take to stop.
+LAST_SECONDS = 10  # How long a Triton that stops may wait for its clients, and one with a dead stub take at all.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -97,7 +97,7 @@ def find_repositories(given):
         if "://" in str(repository):  # In a store such as s3://…
             repositories.append(repository)
         elif os.path.isdir(repository):
-            repositories.append(plain(repository))
+            repositories.append(plain(os.path.abspath(repository)))
         else:
             die(f"there is no model repository {repository}: give --model-repository a folder of models")
     return repositories
@@ -320,11 +320,15 @@ def main(arguments):
         *(f"--{service}-address={address}" for service, (address, _) in addresses.items()),
         *(f"--{service}-port={port}" for service, (_, port) in addresses.items()),
         "--allow-gpu-metrics=false",
+        # By default 30: as long it would wait for a client that merely keeps its connection open.
+        f"--exit-timeout-secs={LAST_SECONDS}",
         *others,
     ]
     # The stub takes its packages from the python3 on PATH, and loads that Python's shared library.
     libraries = [plain(triton / "nvidia_pytriton.libs"), plain(library), os.environ.get("LD_LIBRARY_PATH")]
     environment = {"TF_CPP_MIN_LOG_LEVEL": "1"} | os.environ
+    # A stub looks for modules in the current folder first, and would take a model.py there for the backend's.
+    os.chdir(backends / "python")
     with python_folder() as programs:
         environment["PATH"] = f"{programs}:{os.environ['PATH']}"
         environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
