@@ -134,41 +134,44 @@ class TritonEngine:
         ]
 
     def begin(self):
-        from tritonclient import grpc  # Here, for gRPC does not survive a fork.
+        import grpc  # Here, for gRPC does not survive a fork.
+        from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 
-        self._grpc = grpc
-        self._client = grpc.InferenceServerClient(self._target, channel_args=self._arguments)
+        self._grpc, self._messages, self._result = grpc, service_pb2, InferResult
+        channel = grpc.insecure_channel(self._target, self._arguments)
+        self._model_infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
 
     def refresh(self):
         """Do nothing: Triton looks for new versions."""
 
     def predict(self, batch):
+        # The message itself, which takes half the time that tritonclient's own classes do to make it.
+        request = self._messages.ModelInferRequest(
+            model_name=MODEL_NAME,
+            inputs=[{"name": INPUT_NAME, "datatype": "FP32", "shape": batch.shape}],
+            raw_input_contents=[batch.tobytes()],
+        )
         try:
-            result = self._infer(batch, time.monotonic() + TRITON_SECONDS)
-            probabilities = result.as_numpy(OUTPUT_NAME)
-        except (self._grpc.InferenceServerException, ValueError) as error:
-            if is_status(error, "UNAVAILABLE", "DEADLINE_EXCEEDED"):
+            response = self._infer(request, time.monotonic() + TRITON_SECONDS)
+            probabilities = self._result(response).as_numpy(OUTPUT_NAME)
+        except self._grpc.RpcError as error:
+            if error.code().name in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                 raise EngineError(f"{self.name} does not answer; ask again in a moment") from error
-            raise EngineError(f"{self.name} has no answer: {' '.join(str(error).split())}") from error
+            raise EngineError(f"{self.name} has no answer: {' '.join(error.details().split())}") from error
         if probabilities is None or probabilities.shape != (len(batch), CLASSES):
             raise EngineError(f"{self.name} gives no {OUTPUT_NAME} of shape {(len(batch), CLASSES)}: is it our model?")
-        return probabilities, result.get_response().model_version
+        return probabilities, response.model_version
 
-    def _infer(self, batch, deadline):
+    def _infer(self, request, deadline):
         """Ask again where a Triton stops: it still answers, but cancels requests and has no model, and others do."""
-        tensor = self._grpc.InferInput(INPUT_NAME, batch.shape, "FP32").set_data_from_numpy(batch)
         while True:
             try:
-                return self._client.infer(MODEL_NAME, [tensor], client_timeout=deadline - time.monotonic())
-            except self._grpc.InferenceServerException as error:
-                if not is_status(error, "NOT_FOUND", "CANCELLED") or time.monotonic() > deadline - TRITON_SECONDS / 2:
+                return self._model_infer(request, timeout=deadline - time.monotonic())
+            except self._grpc.RpcError as error:
+                give_up = time.monotonic() > deadline - TRITON_SECONDS / 2
+                if error.code().name not in ("NOT_FOUND", "CANCELLED") or give_up:
                     raise
                 time.sleep(0.05)
-
-
-def is_status(error, *names):
-    """Tell whether gRPC's status of an error of tritonclient has one of these names."""
-    return str(getattr(error, "status", str)()).rpartition(".")[-1] in names
 
 
 def numeric_target(pairs):

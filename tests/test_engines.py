@@ -7,12 +7,15 @@ import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 
+import grpc
 import numpy as np
 import pytest
 from conftest import flask_server, free_ports, start_triton, stop_triton
-from engines import EngineError, LocalEngine, TritonEngine, numeric_target
+from engines import TRITON_SECONDS, EngineError, LocalEngine, TritonEngine, numeric_target
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from mnist_preprocess import HOST, INPUT_NAME, MODEL_NAME, OUTPUT_NAME, SAMPLE_IMAGE, open_image, preprocess
 from saved_model import SAVED_MODEL, ModelError, SavedModel
@@ -222,6 +225,56 @@ def test_both_engines_answer_alike(trained_repository, triton):
     for engine in (local_engine, triton_engine):
         with pytest.raises(EngineError):
             engine.predict(batch[:, :14])
+
+
+class OtherTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers with one output, or with the errors given before."""
+
+    def __init__(self, name, shape, errors=()):
+        self.name, self.shape, self.errors, self.seconds = name, shape, list(errors), []
+
+    def ModelInfer(self, request, context):
+        self.seconds.append(context.time_remaining())
+        if self.errors:
+            context.abort(self.errors.pop(0), "no\nmodel")
+        return service_pb2.ModelInferResponse(
+            model_version="3",
+            outputs=[{"name": self.name, "datatype": "FP32", "shape": self.shape}],
+            raw_output_contents=[np.ones(self.shape, np.float32).tobytes()],
+        )
+
+    def ask(self):
+        """Return what an engine answers for one picture that asks this Triton."""
+        server = grpc.server(ThreadPoolExecutor(1))
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server)
+        engine = TritonEngine(f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}")
+        server.start()
+        try:
+            engine.begin()
+            return engine.predict(PIXELS[None])
+        finally:
+            server.stop(None).wait()
+
+
+@pytest.mark.parametrize(("name", "shape"), [("output_0", (1, 10)), (OUTPUT_NAME, (1, 9)), (OUTPUT_NAME, (2, 10))])
+def test_triton_with_another_model(name, shape):
+    with pytest.raises(EngineError, match=rf"gives no {OUTPUT_NAME} of shape \(1, 10\): is it our model\?"):
+        OtherTriton(name, shape).ask()
+
+
+def test_triton_that_stops_is_asked_again_and_told_the_deadline():
+    errors = [grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE]
+    triton = OtherTriton(OUTPUT_NAME, (1, 10), errors)
+    probabilities, version = triton.ask()
+    assert (probabilities.tolist(), version) == ([[1] * 10], "3")
+    assert len(triton.seconds) == 4
+    assert all(0 < seconds <= TRITON_SECONDS for seconds in triton.seconds)
+    assert triton.seconds == sorted(triton.seconds, reverse=True)
+
+
+def test_error_of_triton_is_one_sentence():
+    with pytest.raises(EngineError, match=r"^Triton at \S+ has no answer: no model$"):
+        OtherTriton(OUTPUT_NAME, (1, 10), [grpc.StatusCode.INVALID_ARGUMENT]).ask()
 
 
 @pytest.mark.parametrize(
