@@ -132,7 +132,8 @@ def constant_repository(repository, directory):
     model = Path(directory, "repository", "constant")
     (model / "1").mkdir(parents=True)
     (model / "1" / "model.py").symlink_to(ROOT / "scripts" / "benchmark" / "constant_model.py")
-    (model / "1" / "mnist_preprocess.py").symlink_to(ROOT / "mnist_preprocess.py")  # Whose names it takes.
+    for name in ("mnist_preprocess.py", "picture_file.py"):  # It takes the names of the first, which imports the other.
+        (model / "1" / name).symlink_to(ROOT / name)
     for file in Path(repository, MODEL_NAME).glob("*.*"):
         # Two instances, as Triton makes them where the backend is tensorflow: for python it makes one.
         python = 'backend: "python"\ninstance_group { count: 2 }'
