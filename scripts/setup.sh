@@ -41,8 +41,10 @@ free="$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')"
 make_environment() {
   "$1" -c 'import ensurepip' 2>/dev/null ||
     die "$1 cannot make a virtual environment: on Debian or Ubuntu run 'sudo apt install python3-venv'"
-  local message
-  message="$("$1" -m venv --clear "$2" 2>&1)" || die "$1 cannot make $2: ${message##*$'\n'}"
+  # The environment of a Python that has been moved, such as those of uv, finds it by its own name and by no link to it.
+  local python message
+  python="$("$1" -c 'import os, sys; print(os.path.realpath(sys.executable))')"
+  message="$("$python" -m venv --clear "$2" 2>&1)" || die "$1 cannot make $2: ${message##*$'\n'}"
 }
 install() {
   # The temporary files of pip are as large as the packages, and /tmp is often small.

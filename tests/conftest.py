@@ -36,6 +36,27 @@ def require(present, reason):
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
+def require_ipv6():
+    """Skip the test, or fail in CI, where no program can listen on ::1: in most containers."""
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return
+    require(False, "this machine has no IPv6")
+
+
+@pytest.fixture(scope="session")
+def git(tmp_path_factory):
+    """Run a git command on the project's files, none of them committed, be this a clone or not; returns its lines."""
+    require(shutil.which("git"), "there is no git command")
+    folder = tmp_path_factory.mktemp("git")
+    subprocess.run(["git", "init", "--quiet", folder], check=True)
+
+    def run(*arguments):
+        command = ["git", f"--git-dir={folder}/.git", f"--work-tree={ROOT}", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+
+    return run
+
+
 def free_ports(count):
     """Return port numbers on which nothing listens now."""
     listeners = [socket.create_server((HOST, 0)) for _ in range(count)]

@@ -74,7 +74,7 @@ def kill(directory, how, seed, count):
         os.kill(pid, number)
         ended = status(pid)
         if ended == (-number if how == "killed" else 130):
-            print(f"{seconds:.3f}")
+            print(f"{seconds:.3f}", flush=True)  # Else the next process has the line to print as well.
             count -= 1
         elif ended:
             sys.exit(f"publishing failed: {ended}")

@@ -117,9 +117,9 @@ def test_the_help_names_every_option():
     assert options == set(re.findall(r"--\w[\w-]+", script.stdout))
 
 
-def test_what_it_draws_by_default_is_ignored_by_git(monkeypatch):
+def test_what_it_draws_by_default_is_ignored_by_git(git, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARK.parent)
     import benchmark
 
     picture = benchmark.parse_args([]).picture
-    assert subprocess.run(["git", "check-ignore", "--quiet", picture], cwd=ROOT).returncode == 0
+    assert git("check-ignore", picture) == [str(picture)]

@@ -70,11 +70,10 @@ def wait_until_ok(url, name):
 
 
 @pytest.fixture(scope="module")
-def images(image, trained_repository, tmp_path_factory):
+def images(image, git, trained_repository, tmp_path_factory):
     """The names of both images, built by the README's commands in a copy of the project that has a trained model."""
     project = tmp_path_factory.mktemp("project")
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in listed.stdout.splitlines():
+    for name in git("ls-files", "--others", "--exclude-standard"):
         if not name.startswith(("images/", "tests/", "model_repository/")):
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, project / name)

@@ -9,7 +9,7 @@ from http.client import HTTPConnection
 
 import numpy as np
 import pytest
-from conftest import flask_server
+from conftest import flask_server, require
 from PIL import Image
 from tritonclient import grpc, http
 
@@ -79,8 +79,8 @@ def test_triton_answers_as_keras_does(expected, pictures, triton, client_module)
         check(ask_triton(client_module, client, pictures), expected)
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_raw_json_request_of_784_numbers(expected, pictures, triton, tmp_path):
+    require(shutil.which("curl"), "there is no curl command")
     tensor = {"name": "input_1", "shape": [1, 28, 28, 1], "datatype": "FP32", "data": pictures[0].ravel().tolist()}
     assert len(tensor["data"]) == 784
     (tmp_path / "request.json").write_text(json.dumps({"inputs": [tensor]}))

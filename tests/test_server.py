@@ -27,7 +27,7 @@ import numpy as np
 import openapi_spec_validator
 import pytest
 import serving
-from conftest import flask_server, free_ports
+from conftest import flask_server, free_ports, require, require_ipv6
 from engines import EngineError
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -401,9 +401,12 @@ def cpus(server):
 
 
 def test_curl_line_of_the_tutorial(server):
+    require(shutil.which("curl"), "there is no curl command")
     command = ["curl", "-sS", "-X", "POST", "-F", f"image=@{SAMPLE_IMAGE}", f"http://{HOST}:{server.port}/mnist_infer"]
-    if shutil.which("curl"):
-        assert subprocess.run(command, capture_output=True, check=True).stdout.startswith(b'{"Prediction":"')
+    assert subprocess.run(command, capture_output=True, check=True).stdout.startswith(b'{"Prediction":"')
+
+
+def test_details_over_http(server):
     status, body = ask(server, "/mnist_infer?details=1")
     assert status == 200
     details = json.loads(body)
@@ -589,6 +592,7 @@ def test_raw_bytes_in_the_address(server):
 
 @pytest.mark.parametrize("host", ["::1", "::"])
 def test_ipv6(trained_repository, tmp_path, host):
+    require_ipv6()
     with flask_server(tmp_path / "log", trained_repository, f"--host={host}", host="::1") as server:
         assert ask(server)[0] == 200
         assert f"cannot listen on {host}" in refused(

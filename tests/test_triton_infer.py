@@ -16,12 +16,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from conftest import free_ports, require
+from conftest import free_ports, require, require_ipv6
 from google.protobuf import json_format
 from tritonclient import grpc as grpcclient
 from tritonclient import http as httpclient
@@ -530,13 +529,15 @@ def test_proxies_are_not_asked(run, monkeypatch):
 
 
 def test_ipv6_address(run):
-    require(Path("/proc/net/if_inet6").exists(), "this machine has no IPv6")
+    require_ipv6()
     with fake_triton("::1") as options:
         assert run(*options) == (0, TWO_LINES, "")
 
 
 @pytest.mark.parametrize("host", [HOST, "::1"])
 def test_name_of_which_one_address_answers(tmp_path, host):
+    if host != HOST:
+        require_ipv6()
     (tmp_path / "hosts").write_text("::1 triton.test\n127.0.0.1 triton.test\n")
     namespace = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.geteuid() else [])]
     mount = [*namespace, "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', tmp_path / "hosts"]

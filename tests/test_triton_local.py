@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import await_nothing, children, copy_configuration, free_ports, start_triton, stop_triton
+from conftest import await_nothing, children, copy_configuration, free_ports, require_ipv6, start_triton, stop_triton
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
@@ -123,6 +123,7 @@ def test_busy_port(service, form):
 
 
 def test_all_busy_ports_are_named_at_once():
+    require_ipv6()
     with (
         socket.create_server((HOST, 0)) as grpc_listener,
         socket.create_server(("::1", 0), family=socket.AF_INET6) as http_listener,
