@@ -5,7 +5,8 @@
 #
 # REQUIREMENTS  requirements.txt unless given, or tests/requirements.txt
 # PYTHON        the Python 3.10 to 3.12 to use; without it the first one on PATH that has its shared library, which
-#               Triton needs; where there is none, uv fetches Python 3.12 into .uv
+#               Triton needs; where there is none, uv fetches Python 3.12 into .uv, from GitHub or from the mirror
+#               that UV_PYTHON_INSTALL_MIRROR names
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" ]]; then
@@ -76,7 +77,9 @@ if ! is_environment; then
     found="$(python3 --version 2>&1)" || die "there is no python3: install Python"
     echo "Triton needs Python 3.10 to 3.12 with its shared library, and this is $found: fetching 3.12 …" >&2
     if ! { fetch_python && find_python; }; then
-      die "found $found, and Python 3.10 to 3.12 with its shared library is needed, which uv could not fetch: install it (on Debian or Ubuntu also libpython3.11 or the like), or name one with PYTHON=/path/to/python"
+      way="install such a Python"
+      [[ ! "$found" =~ 3\.1[0-2] ]] || way="on Debian or Ubuntu run 'sudo apt install libpython${BASH_REMATCH[0]}'"
+      die "found $found, and uv could not fetch Python 3.10 to 3.12 with its shared library: $way, or name one with PYTHON=/path/to/python, or a mirror of uv's releases of Python with UV_PYTHON_INSTALL_MIRROR=URL"
     fi
   fi
   echo "Making .venv with $("$python" --version) …" >&2

@@ -111,11 +111,16 @@ def test_uv_fetches_a_python_where_there_is_none(project):
     assert project.home() == PYTHON.resolve().parent
 
 
-def test_python_that_cannot_be_fetched(project):
-    project.add("python3", TOO_NEW)
+@pytest.mark.parametrize(
+    "found, way",
+    [("3.14.2", "install such a Python"), ("3.11.2", "on Debian or Ubuntu run 'sudo apt install libpython3.11'")],
+)
+def test_python_that_cannot_be_fetched(project, found, way):
+    project.add("python3", TOO_NEW.replace("3.14.2", found))
     project.add("uv", "echo 'error: dns error' >&2; exit 2")
     result = project.setup()
-    check_failure(result, "found Python 3.14.2, and Python 3.10 to 3.12 with its shared library is needed, which uv")
+    check_failure(result, f"found Python {found}, and uv could not fetch Python 3.10 to 3.12 with its shared library")
+    check_failure(result, f": {way}, or name one with PYTHON=/path/to/python, or a mirror ")
     assert "error: dns error" in result.stderr
     assert not (project.folder / ".venv").exists()
 
