@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the README's two commands on a bare Debian 13 (Python 3.13) and a bare Debian 12 (Python without its library), as
-# an ordinary user without git and curl, with LANG=C, in a folder with a space and an umlaut. Takes about ten minutes.
+# an ordinary user without git and curl, with LANG=C, in a folder with a space and an umlaut. Takes about twenty minutes
+# for each of them.
 #
 #   tests/bare_machine.sh [RELEASE …]
 #
@@ -9,7 +10,7 @@
 #          from which uv downloads them
 # TESTS    the tests to run; all unless given
 #
-# Needs Docker and mmdebstrap. ./scripts/test.sh skips what needs Docker there; pip's settings are this machine's.
+# Needs Docker and mmdebstrap. ./scripts/test.sh skips what needs Docker there; pip trusts whom this machine trusts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,4 +35,5 @@ for release; do
     mkdir "$HOME/Übung 1" && cp -R /project/. "$HOME/Übung 1" && cd "$HOME/Übung 1"
     ./scripts/quickstart.sh
     ./scripts/test.sh '"${TESTS:-}"
+  docker image rm mnist-bare >/dev/null
 done
