@@ -36,7 +36,8 @@ if is_environment && cat requirements.txt "$requirements" | cmp -s - "$installed
 fi
 [[ -w . ]] || die "cannot write into $PWD: make it writable, or clone the project into a folder of yours"
 free="$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')"
-((free > 3000)) || [[ -d .venv ]] || die "$PWD has $free MB of free space, and the project needs 3000: make room first"
+((free > 3500)) || [[ -e .venv/installed-requirements.txt ]] ||
+  die "$PWD has $free MB of free space, and the project needs 3500: make room first"
 
 # make_environment PYTHON FOLDER
 make_environment() {

@@ -150,8 +150,9 @@ def test_environment_that_cannot_be_made(project):
 def test_full_disk(project):
     (project.bin / "df").unlink()
     project.add("df", "echo head; echo '/dev/sda1 9000000 8000000 1000000 89% /'")
+    (project.folder / ".venv").mkdir()  # As a run leaves it that was stopped.
     check_failure(
-        project.setup(PYTHON=str(PYTHON)), "has 976 MB of free space, and the project needs 3000: make room first"
+        project.setup(PYTHON=str(PYTHON)), "has 976 MB of free space, and the project needs 3500: make room first"
     )
 
 
