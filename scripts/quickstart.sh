@@ -87,7 +87,7 @@ echo
 if command -v curl >/dev/null; then
   show curl -sS -X POST -F image=@images/sample_image.png http://127.0.0.1:5000/mnist_infer
 else
-  echo "There is no curl here, so Python asks Flask:" >&2
+  echo "\$ # Without curl: images/sample_image.png to http://127.0.0.1:5000/mnist_infer"
   python -c 'import requests
 print(requests.post("http://127.0.0.1:5000/mnist_infer", files={"image": open("images/sample_image.png", "rb")}).text, end="")'
 fi
