@@ -288,20 +288,10 @@ def saved_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def triton_repository(trained_repository, saved_models, tmp_path_factory):
-    """The trained model and, beside it, the small SavedModels of saved_models.py; Triton serves both."""
-    repository = tmp_path_factory.mktemp("served")
-    shutil.copytree(trained_repository / MODEL_NAME, repository / MODEL_NAME)
-    shutil.copytree(saved_models, repository, copy_function=os.link, dirs_exist_ok=True)
-    return repository
-
-
-@pytest.fixture(scope="session")
-def triton(triton_repository, tmp_path_factory):
-    """The real Triton server, started once; it loads mnist_model, and other models when a test asks it to."""
+def triton(trained_repository, tmp_path_factory):
+    """The real Triton server with the trained model, started once."""
     log = tmp_path_factory.mktemp("triton") / "triton.log"
-    models = ("--model-control-mode=explicit", f"--load-model={MODEL_NAME}")
-    server = start_triton(log, f"--model-repository={triton_repository}", *models)
+    server = start_triton(log, f"--model-repository={trained_repository}")
     yield server
     status = stop_triton(server)
     assert status == 0, log.read_text()

@@ -228,8 +228,9 @@ def save_corners(repository):
 
 def save_large(repository):
     """Publish a model whose weights take 64 MB, with its twin."""
-    weights = np.random.default_rng(0).standard_normal((LARGE, LARGE), np.float32) / LARGE
-    save(repository, "large", lambda x: {"y": tf.matmul(x, tf.constant(weights))}, x=([None, LARGE], tf.float32))
+    weights = tf.Variable(np.random.default_rng(0).standard_normal((LARGE, LARGE), np.float32) / LARGE)
+    inputs = {"x": ([None, LARGE], tf.float32)}
+    save(repository, "large", lambda x: {"y": tf.matmul(x, weights)}, variables=[weights], **inputs)
 
 
 def save_graphdef(repository):

@@ -126,18 +126,6 @@ def test_unknown_model(ask):
     assert "no_such_model" in err
 
 
-def test_model_of_another_shape(ask, triton):
-    with triton.http as client:
-        client.load_model("double")
-    try:
-        status, out, err = ask("--model-name=double")
-    finally:
-        with triton.http as client:
-            client.unload_model("double")
-    assert is_sentence(status, out, err), err
-    assert "the inputs of double are x FP32 [-1, 2], not input_1 FP32 [-1, 28, 28, 1]" in err
-
-
 @pytest.mark.parametrize("service", ["http", "grpc"])
 def test_server_is_away(ask, service):
     url = f"{HOST}:{free_ports(1)[0]}"
@@ -398,6 +386,14 @@ def refused(client_module, url, timeout=1, top=None):
         triton_infer.ask(client_module, url, MODEL_NAME, np.zeros((1, 28, 28, 1), np.float32), timeout, top)
     assert time.monotonic() - start < timeout + 1
     return str(error.value)
+
+
+def test_model_of_another_shape(run):
+    inputs = [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}]
+    with fake_http(reply(METADATA | {"name": "double", "inputs": inputs})) as url:
+        status, out, err = run(f"--http-url={url}", "--model-name=double")
+    assert is_sentence(status, out, err), err
+    assert "the inputs of double are x FP32 [-1, 2], not input_1 FP32 [-1, 28, 28, 1]" in err
 
 
 @pytest.mark.parametrize("kind", BAD_METADATA)
