@@ -31,7 +31,7 @@ def benchmark(*options):
 
 def test_a_short_run_measures_both_servers_and_their_floors(h2load, trained_repository, tmp_path):
     picture = tmp_path / "benchmark.png"
-    options = ("--clients", "1", "4", "--seconds=2", "--rounds=1", "--floor", "--photo", "--picture", picture)
+    options = ("--clients", "1", "4", "--seconds=1", "--rounds=1", "--floor", "--photo", "--picture", picture)
     result = benchmark(*options, "--model-repository", trained_repository)
     assert result.returncode == 0, result.stderr
 

@@ -24,10 +24,12 @@ from itertools import count
 import pytest
 import yaml
 from conftest import START_SECONDS, free_ports
+from test_server import DIGIT
 
-from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE
+from mnist_preprocess import HOST, MODEL_NAME, ROOT
 
 CLIENTS = 16
+PAUSE_SECONDS = 0.02  # Of each client between two requests, so that the new Tritons have time to start.
 PODS = 3
 STEADY_SECONDS = 3
 DNS_CACHE_SECONDS = 30  # What the pause in the manifest allows for caches of DNS: there is none here.
@@ -108,16 +110,16 @@ def wait_until_ok(url, process, log):
 
 def keep_asking(port, enough, answers):
     """Upload one picture after the other on one connection; count (prediction, model version), or what went wrong."""
-    picture, headers = SAMPLE_IMAGE.read_bytes(), {"content-type": "image/png"}
     connection = HTTPConnection(HOST, port, timeout=30)
     while not enough.is_set():
         try:
-            connection.request("POST", "/mnist_infer?details=1", picture, headers)
+            connection.request("POST", "/mnist_infer?details=1", DIGIT, {"content-type": "image/png"})
             answer = json.load(connection.getresponse())
             answers[answer.get("Prediction", str(answer)), answer.get("ModelVersion")] += 1
         except (OSError, HTTPException, ValueError) as error:
             answers[repr(error), None] += 1
             connection.close()
+        time.sleep(PAUSE_SECONDS)
     connection.close()
 
 

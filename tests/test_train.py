@@ -170,16 +170,16 @@ def test_one_training_picture_is_enough(run, tmp_path):
     assert out[-2].startswith("Published version 1: ")
 
 
-@pytest.mark.parametrize("options", [["--keep=2"], ["--keep=5"], []])
-def test_keep_deletes_all_but_the_newest(run, trained_repository, tmp_path, options):
+@pytest.mark.parametrize(("keep", "left"), [(2, [10, 11]), (5, [1, 2, 10, 11])])
+def test_keep_deletes_all_but_the_newest(run, trained_repository, tmp_path, keep, left):
     repository = tmp_path / "repository"
     shutil.copytree(trained_repository, repository)
     model = repository / MODEL_NAME
     for number in (2, 10):
         shutil.copytree(model / "1", model / str(number))
-    status, _, err = run(*TRIAL, "--model-repository", repository, *options)
+    status, _, err = run(*TRIAL, "--model-repository", repository, f"--keep={keep}")
     assert (status, err) == (0, [])
-    assert versions(model) == ([10, 11] if options == ["--keep=2"] else [1, 2, 10, 11])
+    assert versions(model) == left
     assert (model / "config.pbtxt").exists()
     assert not list(model.glob(".*"))
 
@@ -226,10 +226,14 @@ def start_training(tmp_path, *prefix):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped_run_leaves_nothing(tmp_path, number):
-    process = start_training(tmp_path)
+@pytest.mark.parametrize(("number", "prefix"), [(signal.SIGINT, []), (signal.SIGHUP, []), (signal.SIGTERM, ["nohup"])])
+def test_stopped_run_leaves_nothing(tmp_path, number, prefix):
+    process = start_training(tmp_path, *prefix)
     try:
+        if prefix:  # It outlives the terminal.
+            process.send_signal(signal.SIGHUP)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
         process.send_signal(number)
         assert process.wait(30) == 130
     finally:
@@ -240,19 +244,6 @@ def test_stopped_run_leaves_nothing(tmp_path, number):
     assert not [line for line in last_words if "Traceback" in line]
     assert not (tmp_path / "repository").exists()
     assert not os.listdir(tmp_path / "tmp")
-
-
-def test_run_under_nohup_outlives_the_terminal(tmp_path):
-    process = start_training(tmp_path, "nohup")
-    try:
-        process.send_signal(signal.SIGHUP)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-        process.terminate()
-        assert process.wait(30) == 130
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_ctrl_c_while_tensorflow_is_imported_is_no_traceback(tmp_path):
