@@ -4,7 +4,8 @@
 #   scripts/test.sh [PYTEST OPTION …]
 #
 # Lints and checks the format of the Python files (ruff), lints the shell scripts (ShellCheck) and the Dockerfile
-# (hadolint), and runs the tests (pytest). What the machine lacks is skipped, with the reason; with CI=true it fails.
+# (hadolint), and runs the tests (pytest), two files at a time, since most of them wait for servers. What the machine
+# lacks is skipped, with the reason; with CI=true it fails.
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" ]]; then
@@ -20,4 +21,4 @@ ruff check .
 ruff format --check .
 shellcheck .ci/run scripts/*.sh scripts/*/*.sh tests/*.sh
 hadolint scripts/triton/Dockerfile flask/Dockerfile
-python -m pytest "$@"
+python -m pytest --numprocesses=2 --no-loadscope-reorder "$@"

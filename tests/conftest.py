@@ -1,6 +1,8 @@
 """What the tests share: a trained model, the real servers, and the rule for what is missing."""
 
+import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 from tritonclient import grpc, http
 from tritonclient.utils import np_to_triton_dtype
+from xdist.scheduler import LoadFileScheduling
 
 from mnist_preprocess import HOST, MODEL_NAME, MODEL_REPOSITORY, ROOT
 
@@ -26,8 +29,50 @@ SERVER = ROOT / "flask" / "server.py"
 MACHINE_LACKS = r"needs Linux|needs glibc|lacks its shared library|cannot download"
 # The newest Triton release that the Docker scripts know.
 [NEWEST] = re.findall(r"^newest=(\S+)", (ROOT / "scripts" / "triton" / "docker.sh").read_text(), re.MULTILINE)
+# Files that run one after the other where the files run two at a time: they use the project's own ports and the same
+# images, or a server that has many models to load.
+GROUPS = {
+    "test_docker_engine.py": "ports",
+    "test_kubernetes_images.py": "ports",
+    "test_readme.py": "ports",
+    "test_quickstart.py": "ports",
+    "test_triton_docker.py": "ports",
+    "test_triton_acceptance.py": "models",
+    "test_triton_configuration.py": "models",
+    "test_triton_backend.py": "models",
+    "test_triton_sequences.py": "models",
+}
+# Below the ports that the kernel gives to clients, so that none takes one before its server does; each of the processes
+# that run tests at the same time has its own, and begins anywhere among them.
+FIRST_PORT = 10_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.cycle(range(FIRST_PORT, FIRST_PORT + 2_000))
+next(itertools.islice(PORTS, random.randrange(2_000), None))
 # A shell has what it starts in the background ignore Ctrl-C, and so would the programs to which tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that follow one another, which take long together."""
+    items.sort(key=lambda item: [*GROUPS, item.path.name].index(item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Have one of xdist's processes run all tests of a file, or of the files that GROUPS puts together."""
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = Path(super()._split_scope(nodeid)).name
+            return GROUPS.get(file, file)
+
+    return Scheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the tables that tests have recorded: a process of xdist's has no terminal to print them to."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for _, table in report.user_properties:
+            terminalreporter.write_line(f"\n{table}")
 
 
 def require(present, reason):
@@ -59,11 +104,12 @@ def git(tmp_path_factory):
 
 def free_ports(count):
     """Return port numbers on which nothing listens now."""
-    listeners = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
+    free = []
+    for port in PORTS:
+        with suppress(OSError), socket.create_server((HOST, port)):
+            free.append(port)
+        if len(free) == count:
+            return free
 
 
 @dataclass
