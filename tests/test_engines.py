@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import flask_server, free_ports, start_triton, stop_triton
-from engines import EngineError, LocalEngine, TritonEngine, numeric_target
+from engines import TRITON_SECONDS, EngineError, LocalEngine, TritonEngine, numeric_target
 from saved_models import double, save
 from test_server import DIGIT
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from mnist_preprocess import HOST, INPUT_NAME, MODEL_NAME, OUTPUT_NAME, open_image, preprocess
 from saved_model import SAVED_MODEL, ModelError, SavedModel
