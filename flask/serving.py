@@ -146,8 +146,8 @@ def pass_signals_on():
 def load_worker(server, load_app, refresh):
     cpus = sorted(os.sched_getaffinity(0))
     if server.workers == len(cpus):
-        # On one CPU, threads that hand Python's lock to each other answer up to 1.5 times as many requests as on two,
-        # and workers do not meet on one. This one was forked when the main process had all before it, or all others.
+        # On one CPU, threads that hand Python's lock to each other answer up to 1.5 times as many requests as on two.
+        # granian tells a worker no number, but forks it while its list lacks this one.
         number = min(set(range(server.workers)) - {worker.idx for worker in server.wrks})
         os.sched_setaffinity(0, {cpus[number]})
     app = load_app()
@@ -186,7 +186,7 @@ def end_late_uploads(port):
     ends LATE_AT_ONCE of them: each is answered, and others wait meanwhile.
     """
     ended = 0
-    for connection, _, state, milliseconds_since_sent in connections(port):
+    for connection, _, state, milliseconds_since_sent in open_connections(port):
         late = milliseconds_since_sent > 1000 * (HEADER_SECONDS + UPLOAD_SECONDS)
         if state == ESTABLISHED and late and ended < LATE_AT_ONCE:
             with suppress(OSError):  # Its client may have left.
@@ -201,11 +201,11 @@ def client_stopped_sending(environ):
     """
     return any(
         client == environ["REMOTE_ADDR"] and state == CLOSE_WAIT
-        for _, client, state, _ in connections(int(environ["SERVER_PORT"]))
+        for _, client, state, _ in open_connections(int(environ["SERVER_PORT"]))
     )
 
 
-def connections(port):
+def open_connections(port):
     """Yield this worker's connections with their client's address, state, and milliseconds since they last sent."""
     for number in os.listdir("/proc/self/fd"):
         # It may have been closed since it was listed.
