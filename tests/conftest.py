@@ -30,7 +30,7 @@ MACHINE_LACKS = r"needs Linux|needs glibc|lacks its shared library|cannot downlo
 # The newest Triton release that the Docker scripts know.
 [NEWEST] = re.findall(r"^newest=(\S+)", (ROOT / "scripts" / "triton" / "docker.sh").read_text(), re.MULTILINE)
 # Files that run one after the other where the files run two at a time: they use the project's own ports and the same
-# images, or a server that has many models to load.
+# images, or a server that has many models to load. In CI test_wild.py trains for two minutes: it is not to come last.
 GROUPS = {
     "test_docker_engine.py": "ports",
     "test_kubernetes_images.py": "ports",
@@ -41,6 +41,7 @@ GROUPS = {
     "test_triton_configuration.py": "models",
     "test_triton_backend.py": "models",
     "test_triton_sequences.py": "models",
+    "test_wild.py": "training",
 }
 # Below the ports that the kernel gives to clients, so that none takes one before its server does; each of the processes
 # that run tests at the same time has its own, and begins anywhere among them.
@@ -52,7 +53,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the files that follow one another, which take long together."""
+    """Begin with the files of GROUPS, which take long."""
     items.sort(key=lambda item: [*GROUPS, item.path.name].index(item.path.name))
 
 
@@ -96,7 +97,8 @@ def git(tmp_path_factory):
     subprocess.run(["git", "init", "--quiet", folder], check=True)
 
     def run(*arguments):
-        command = ["git", f"--git-dir={folder}/.git", f"--work-tree={ROOT}", *arguments]
+        options = ["-c", "core.quotePath=false", f"--git-dir={folder}/.git", f"--work-tree={ROOT}"]
+        command = ["git", *options, *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
 
     return run
