@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -164,6 +165,26 @@ def await_nothing(mark, seconds=5):
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+def wait_for(condition):
+    """Wait until condition() is true, for a minute at most."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within a minute"
+        time.sleep(0.05)
+
+
+def wait_until_ok(url, log, lives=lambda: True):
+    """Wait until a URL answers 200; fail with what log() returns when that takes too long, or lives() is not true."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            if urllib.request.urlopen(url, timeout=10).status == 200:
+                return
+        except OSError:
+            assert lives() and time.monotonic() < deadline, log()
+        time.sleep(0.1)
 
 
 def start_triton(log, *options, script=ROOT / "scripts" / "triton_local.sh", ports=None):

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import flask_server, free_ports, start_triton, stop_triton
+from conftest import flask_server, free_ports, start_triton, stop_triton, wait_for
 from engines import TRITON_SECONDS, EngineError, LocalEngine, TritonEngine, numeric_target
 from saved_models import double, save
 from test_server import DIGIT
@@ -97,13 +97,6 @@ class Clients:
         while sum(self.outcomes.values()) < before + more:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within a minute"
-        time.sleep(0.05)
 
 
 def versions_of(server):

@@ -5,14 +5,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 import test_docker_engine
 import yaml
-from conftest import START_SECONDS, free_ports
+from conftest import free_ports, wait_until_ok
 from test_docker_engine import NVIDIA_IMAGE, docker
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE
@@ -58,15 +57,10 @@ def run(name, image, alias):
     return port
 
 
-def wait_until_ok(url, name):
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            if urllib.request.urlopen(url, timeout=10).status == 200:
-                return
-        except OSError:
-            assert time.monotonic() < deadline, docker("logs", f"{NETWORK}-{name}")
-        time.sleep(0.2)
+def wait_for_probe(name, probe, port):
+    """Wait until what the manifest's probe asks for is answered."""
+    url = f"http://{HOST}:{port}{manifest(name)[1][probe]['httpGet']['path']}"
+    wait_until_ok(url, lambda: docker("logs", f"{NETWORK}-{name}"))
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +90,9 @@ def ports(images):
     docker("network", "create", NETWORK)
     try:
         triton = run("triton", images[0], "triton-grpc")
-        wait_until_ok(f"http://{HOST}:{triton}{manifest('triton')[1]['startupProbe']['httpGet']['path']}", "triton")
+        wait_for_probe("triton", "startupProbe", triton)
         flask = run("flask", images[1], "flask")
-        wait_until_ok(f"http://{HOST}:{flask}{manifest('flask')[1]['readinessProbe']['httpGet']['path']}", "flask")
+        wait_for_probe("flask", "readinessProbe", flask)
         yield triton, flask
     finally:
         for name in ("triton", "flask"):

@@ -23,7 +23,7 @@ from itertools import count
 
 import pytest
 import yaml
-from conftest import START_SECONDS, free_ports
+from conftest import free_ports, wait_until_ok
 from test_server import DIGIT
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT
@@ -75,9 +75,8 @@ class Pod:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
     def wait_until_ready(self):
-        wait_until_ok(
-            f"http://{self.address}:{self.ports['http']}/v2/models/{MODEL_NAME}/ready", self.process, self.log
-        )
+        url = f"http://{self.address}:{self.ports['http']}/v2/models/{MODEL_NAME}/ready"
+        wait_until_ok(url, self.log.read_text, lambda: self.process.poll() is None)
 
     def answered(self):
         """Return how many requests it has answered."""
@@ -95,17 +94,6 @@ class Pod:
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait(60)
-
-
-def wait_until_ok(url, process, log):
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            if urllib.request.urlopen(url, timeout=10).status == 200:
-                return
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
 
 
 def keep_asking(port, enough, answers):
@@ -166,7 +154,7 @@ def test_no_request_fails_while_each_triton_is_replaced(versions, tmp_path):
             flask = subprocess.Popen(command, stdout=output, stderr=output)
         stack.callback(flask.wait, 60)
         stack.callback(flask.terminate)
-        wait_until_ok(f"http://{HOST}:{port}/readyz", flask, log)
+        wait_until_ok(f"http://{HOST}:{port}/readyz", log.read_text, lambda: flask.poll() is None)
 
         clients = [threading.Thread(target=keep_asking, args=(port, enough, answers)) for _ in range(CLIENTS)]
         for client in clients:

@@ -27,7 +27,7 @@ import numpy as np
 import openapi_spec_validator
 import pytest
 import serving
-from conftest import flask_server, free_ports, require, require_ipv6
+from conftest import flask_server, free_ports, require, require_ipv6, wait_for
 from engines import EngineError
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -670,13 +670,6 @@ def under_load(server, act, reuse):
         for client in clients:
             client.join()
     return sum(outcomes, Counter())
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within a minute"
-        time.sleep(0.05)
 
 
 def is_gone(pid):
