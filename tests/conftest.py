@@ -175,6 +175,15 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+def read_terminal(controller):
+    """Return all that a terminal shows until the last program on it ends, which Linux reports as an OSError."""
+    shown = b""
+    with suppress(OSError):
+        while True:
+            shown += os.read(controller, 4096)
+    return shown.decode().replace("\r\n", "\n")
+
+
 def wait_until_ok(url, log, lives=lambda: True):
     """Wait until a URL answers 200; fail with what log() returns when that takes too long, or lives() is not true."""
     deadline = time.monotonic() + START_SECONDS

@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import NEWEST, START_SECONDS, copy_configuration, require
+from conftest import NEWEST, START_SECONDS, copy_configuration, read_terminal, require
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, TRITON_HTTP_PORT
 
@@ -208,21 +208,12 @@ def test_ctrl_c_on_a_terminal_stops_it(image, repository):
     process = subprocess.Popen([SCRIPT, "--model-repository", repository], stdin=terminal, stdout=terminal)
     os.close(terminal)
     printed = []
-    reader = threading.Thread(target=read_all, args=(controller, printed))
+    reader = threading.Thread(target=lambda: printed.append(read_terminal(controller)))
     reader.start()
     wait_until(lambda: is_there() and is_ready(HOST), process)
     os.write(controller, b"\x03")
     assert process.wait(60) == 0
     reader.join(10)
     os.close(controller)
-    assert re.search(READY.encode(), b"".join(printed))
+    assert re.search(READY, printed[0])
     assert not is_there()
-
-
-def read_all(terminal, printed):
-    """Read what a terminal shows until the last program on it has ended, which Linux reports as an OSError."""
-    try:
-        while True:
-            printed.append(os.read(terminal, 4096))
-    except OSError:
-        return

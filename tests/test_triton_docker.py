@@ -11,7 +11,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import NEWEST
+from conftest import NEWEST, read_terminal
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, TRITON_GRPC_PORT, TRITON_HTTP_PORT, TRITON_METRICS_PORT
 
@@ -184,7 +184,7 @@ def test_takes_the_terminal_only_where_there_is_one(machine):
     command = [SCRIPTS["cpu"], "--dry-run"]
     subprocess.run(command, env=machine.environment(), stdin=terminal, stdout=terminal, check=True)
     os.close(terminal)
-    printed = os.read(controller, 100_000).decode().replace("\r\n", "\n")
+    printed = read_terminal(controller)
     os.close(controller)
     assert commands(printed) == [CPU, run_command(IMAGE, mode=["-it"])]
 
