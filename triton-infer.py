@@ -169,30 +169,17 @@ def printable(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "images", nargs="*", default=argparse.SUPPRESS, metavar="IMAGE", help="pictures of a digit each"
-    )
-    for service, port in (("http", TRITON_HTTP_PORT), ("grpc", TRITON_GRPC_PORT)):
-        parser.add_argument(
-            f"--{service}-url",
-            type=host_and_port,
-            default=f"{HOST}:{port}",
-            metavar="HOST:PORT",
-            help="where Triton is",
-        )
-    parser.add_argument("--model-name", default=MODEL_NAME, metavar="NAME", help="the model to ask")
-    parser.add_argument(
-        "--top",
-        type=int,
-        choices=range(1, CLASSES + 1),
-        metavar="N",
-        help="print the N best digits and their probabilities",
-    )
-    parser.add_argument("--show", action="store_true", help="print the picture, too, as the model sees it")
-    parser.add_argument("--timeout", type=seconds, default=10, metavar="SECONDS", help="how long to wait for an answer")
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    option, count = parser.add_argument, range(1, CLASSES + 1)
+    option("images", nargs="*", default=argparse.SUPPRESS, metavar="IMAGE", help="pictures of a digit each")
+    address = {"type": host_and_port, "metavar": "HOST:PORT", "help": "where Triton is"}
+    option("--http-url", default=f"{HOST}:{TRITON_HTTP_PORT}", **address)
+    option("--grpc-url", default=f"{HOST}:{TRITON_GRPC_PORT}", **address)
+    option("--model-name", default=MODEL_NAME, metavar="NAME", help="the model to ask")
+    option("--top", type=int, choices=count, metavar="N", help="print the N best digits and their probabilities")
+    option("--show", action="store_true", help="print the picture, too, as the model sees it")
+    option("--timeout", type=seconds, default=10, metavar="SECONDS", help="how long to wait for an answer")
     return parser.parse_args(argv, argparse.Namespace(images=[SAMPLE_IMAGE]))
 
 

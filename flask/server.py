@@ -202,22 +202,16 @@ def free_address(host, port):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--host", default=HOST, help="the address to listen on, 0.0.0.0 or :: for every network")
-    parser.add_argument("--port", type=int, default=FLASK_PORT, help="the port to listen on")
-    parser.add_argument(
-        "--model-repository", type=Path, default=MODEL_REPOSITORY, metavar="DIR", help="Triton's layout"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes that answer"
-    )
-    parser.add_argument("--triton", metavar="HOST:PORT", help="let Triton answer, over gRPC: HOST:PORT[,HOST:PORT...]")
-    parser.add_argument("--access-log", action="store_true", help="write a line for each request")
-    parser.add_argument(
-        "--allow-origin", metavar="URL", help="let pages of this origin ask, such as http://localhost:8080"
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    option = parser.add_argument
+    option("--host", default=HOST, help="the address to listen on, 0.0.0.0 or :: for every network")
+    option("--port", type=int, default=FLASK_PORT, help="the port to listen on")
+    option("--model-repository", type=Path, default=MODEL_REPOSITORY, metavar="DIR", help="Triton's layout")
+    option("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes that answer")
+    option("--triton", metavar="HOST:PORT", help="let Triton answer, over gRPC: HOST:PORT[,HOST:PORT...]")
+    option("--access-log", action="store_true", help="write a line for each request")
+    option("--allow-origin", metavar="URL", help="let pages of this origin ask, such as http://localhost:8080")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"argument --workers: {args.workers} is not a positive number")
