@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from flask import Flask, Request, jsonify, render_template, request, send_file
+from flask import Flask, jsonify, render_template, request, send_file
 from multipart import MultipartError, MultipartParser
 from PIL import Image
 from werkzeug.exceptions import BadRequest, HTTPException, LengthRequired, RequestEntityTooLarge
@@ -54,19 +54,12 @@ PAGE_LOADS = (
 )
 
 
-class RequestInMemory(Request):
-    def _get_file_stream(self, *sizes, **names):
-        """Return what a file of a form is read into: Werkzeug's own would need a disk, which may be full."""
-        return io.BytesIO()
-
-
 def create_app(engine, allow_origin=None, access_log=False) -> Flask:
     """Return the application that answers with an engine of engines.py, also to pages of the origin `allow_origin`."""
     import metrics  # Here, in the worker, for the folder that the workers share is known now.
 
     engine.begin()
     app = Flask(__name__)
-    app.request_class = RequestInMemory
     one_at_a_time = threading.Lock()  # A picture may take 400 MB and 2 s to decode.
 
     @app.get("/")
@@ -176,9 +169,12 @@ def uploaded_picture():
                 if part.name == FIELD and part.filename is not None:
                     return part.file
         body.seek(0)
+        parser = request.make_form_data_parser()
+        parser.stream_factory = lambda *_, **__: io.BytesIO()  # Its own would need a disk, which may be full.
         with suppress(RequestEntityTooLarge):  # It has a thousand parts.
-            if FIELD in request.files:
-                return request.files[FIELD]
+            _, _, files = parser.parse(body, request.mimetype, None, request.mimetype_params)
+            if FIELD in files:
+                return files[FIELD]
     raise BadRequest(f"no whole picture came: send it as the form's file '{FIELD}', or as image/png")
 
 
