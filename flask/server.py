@@ -15,7 +15,6 @@ import base64
 import io
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -33,22 +32,14 @@ from werkzeug.exceptions import BadRequest, HTTPException, LengthRequired, Reque
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from engines import EngineError, LocalEngine, TritonEngine
-from serving import MAX_UPLOAD, draining, finish, receive_upload, serve
+from serving import MAX_UPLOAD, draining, finish, free_address, receive_upload, serve
 
-from mnist_preprocess import (
-    FLASK_PORT,
-    HOST,
-    IMAGE_SHAPE,
-    MODEL_NAME,
-    MODEL_REPOSITORY,
-    ImageError,
-    NoDigitError,
-)
+from mnist_preprocess import FLASK_PORT, HOST, IMAGE_SHAPE, MODEL_NAME, MODEL_REPOSITORY, ImageError, NoDigitError
 from picture_process import read_picture
 from saved_model import ModelError
 
 FIELD = "image"  # The form's file.
-PAGE_LOADS = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -65,7 +56,7 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
     @app.get("/")
     def page():
         """The page to draw on. It loads nothing from elsewhere, and the browser is told to see to that."""
-        return render_template("index.html"), {"Content-Security-Policy": PAGE_LOADS}
+        return render_template("index.html"), {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
 
     @app.get("/openapi.json")
     def openapi():
@@ -185,18 +176,6 @@ def png_uri(pixels):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def free_address(host, port):
-    """Return the IP address of `host`; OSError or UnicodeError where there is none, or its port is taken.
-
-    Workers share the port, so granian would also share it with a server that is there already.
-    """
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # A server that has just stopped is no obstacle.
-        listener.bind(address)
-    return address[0]
-
-
 def parse_args(argv=None):
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
@@ -226,21 +205,18 @@ def main(argv=None) -> int:
         address = free_address(args.host, args.port)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", "no name of a host")
-        print(f"server.py: cannot listen on {args.host} port {args.port}: {reason}; try another", file=sys.stderr)
-        return 1
+        sys.exit(f"server.py: cannot listen on {args.host} port {args.port}: {reason}; try another")
     try:
         engine = TritonEngine(args.triton) if args.triton else LocalEngine(args.model_repository / MODEL_NAME)
     except (OSError, ModelError) as error:
-        print(f"server.py: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"server.py: {error}")
     host = f"[{address}]" if ":" in address else address
     print(f"{engine.name} answers at http://{host}:{args.port}/", flush=True)
     load_app = partial(create_app, engine, args.allow_origin, args.access_log)
     try:
         serve(load_app, engine.refresh, address, args.port, args.workers)
     except OSError as error:
-        print(f"server.py: cannot start: {error.strerror}", file=sys.stderr)
-        return 1
+        sys.exit(f"server.py: cannot start: {error.strerror}")
     return 0
 
 

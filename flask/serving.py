@@ -103,6 +103,18 @@ def finish(environ, response):
         response.headers["Connection"] = "close"
 
 
+def free_address(host, port):
+    """Return the IP address of `host`; OSError or UnicodeError where there is none, or its port is taken.
+
+    Workers share the port, so granian would also share it with a server that is there already.
+    """
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # A server that has just stopped is no obstacle.
+        listener.bind(address)
+    return address[0]
+
+
 def serve(load_app, refresh, address, port, workers):
     """Serve what load_app() returns in each worker, until SIGTERM or Ctrl-C; SIGHUP renews the workers.
 
