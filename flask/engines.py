@@ -50,25 +50,14 @@ class LocalEngine:
         self._last_complaint = multiprocessing.Value("q", -1)  # What it is about: one for all workers.
         self._lock = threading.Lock()
         self._model, self._version = None, newest_version(model_directory).name
-        self._take_newest(run=False)
+        self.refresh(run=False)
         self.name = self._model.runtime.partition(":")[0]
 
     def begin(self):
         self._model = None
-        self._take_newest()
+        self.refresh()
 
-    def refresh(self):
-        self._take_newest()
-
-    def predict(self, batch):
-        # A second call at the same time would open the version's files, which may be gone by now.
-        with self._lock:
-            try:
-                return self._model.predict({INPUT_NAME: batch})[OUTPUT_NAME], self._version
-            except ModelError as error:
-                raise EngineError(str(error)) from error
-
-    def _take_newest(self, run=True):
+    def refresh(self, run=True):
         """Take over the newest version that can be served, unless it is already. ModelError when there is none."""
         numbers = versions(self._directory)
         for number in reversed(numbers):
@@ -90,6 +79,14 @@ class LocalEngine:
             self._complain(0, f"no version in {self._directory} any more: {self._version} goes on being served")
         elif newest in self._refused:
             self._complain(newest, f"{self._version} is served, not {newest}: {self._refused[newest]}")
+
+    def predict(self, batch):
+        # A second call at the same time would open the version's files, which may be gone by now.
+        with self._lock:
+            try:
+                return self._model.predict({INPUT_NAME: batch})[OUTPUT_NAME], self._version
+            except ModelError as error:
+                raise EngineError(str(error)) from error
 
     def _complain(self, number, sentence):
         with self._last_complaint.get_lock():
