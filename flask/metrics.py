@@ -1,12 +1,10 @@
 """What the Flask server tells Prometheus, and its access log, of each request."""
 
-import os
 from datetime import datetime, timezone
 from urllib.parse import quote
 
 from flask import Response, request
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 REQUESTS = Counter("mnist_requests", "Requests answered, by status", ["status"])
@@ -38,8 +36,6 @@ def observe_inference(seconds, version):
 
 def exposition():
     """Return what GET /metrics answers: the sums over all workers."""
-    registry = REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
     return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
