@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from werkzeug.exceptions import ServiceUnavailable
 
 from mnist_preprocess import CLASSES, IMAGE_SHAPE, INPUT_NAME, MODEL_NAME, OUTPUT_NAME
 from saved_model import SAVED_MODEL, ModelError, SavedModel, TensorSpec, newest_version, versions
@@ -36,8 +37,8 @@ SERVICE_CONFIG = {
 SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:")  # Of names that gRPC resolves itself.
 
 
-class EngineError(RuntimeError):
-    """An engine that cannot answer; the message is a sentence for the user."""
+class EngineError(ServiceUnavailable):
+    """An engine that cannot answer; the description is a sentence for the user."""
 
 
 class LocalEngine:

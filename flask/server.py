@@ -102,10 +102,6 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
     def image_error(error):
         return jsonify(Error=str(error)), 422 if isinstance(error, NoDigitError) else 400
 
-    @app.errorhandler(EngineError)
-    def engine_error(error):
-        return jsonify(Error=str(error)), 503, {"Retry-After": "1"}
-
     @app.errorhandler(HTTPException)
     def http_error(error):
         """Answer every other error in JSON too, as one sentence."""
