@@ -58,7 +58,7 @@ def check_machine():
 
 def find_library():
     """Return the folder of this Python's shared library, which the stub loads; refuse a Python without one."""
-    version = "{}.{}".format(*sys.version_info)
+    version = sysconfig.get_python_version()
     if version not in PYTHONS:
         die(f"{sys.executable} is Python {version}: use a virtual environment of Python {', '.join(PYTHONS)}")
     if platform.system() != "Linux":
@@ -69,7 +69,7 @@ def find_library():
     for place in (Path(sys.base_prefix, "lib"), folder, folder / (architecture or "")):
         if (place / library).exists():
             return place
-    return die(
+    die(
         f"{sys.executable} lacks its shared library {library}: run 'sudo apt install libpython{version}' on Debian or "
         "Ubuntu, or use a Python built with --enable-shared"
     )
@@ -103,16 +103,11 @@ def find_repositories(given):
     return repositories
 
 
-def new_socket(address):
-    """Return a new socket of the address's kind, IPv4 or IPv6."""
-    return socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-
-
 def check_addresses(addresses):
     """Refuse ports that are taken; warn where other machines will reach this release."""
     taken = []
     for address in addresses:
-        with new_socket(address) as listener:
+        with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind(address)
@@ -148,7 +143,7 @@ def install():
     Either is made under a temporary name and renamed: what stands in .triton is whole. Another run may have been
     faster; its result is as good.
     """
-    version = "{}.{}".format(*sys.version_info)
+    version = sysconfig.get_python_version()
     triton = ROOT / ".triton" / WHEEL.replace("==", "-")
     backends = triton / f"backends-{version}"
     if backends.is_dir():
@@ -217,9 +212,7 @@ def python_folder():
 def is_serving(addresses):
     """Return whether Triton listens; it begins when it has loaded the models."""
     for address in addresses:
-        with suppress(OSError), new_socket(address) as client:
-            client.settimeout(1)
-            client.connect(address)
+        with suppress(OSError), socket.create_connection(address, timeout=1):
             return True
     return False
 
