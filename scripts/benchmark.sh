@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure both servers side by side: start them, ask them from 1 to 64 clients, show a table and draw a picture.
 #
-#   scripts/benchmark.sh [--clients N …] [--seconds S] [--rounds N] [--floor] [--photo] [--picture FILE]
+#   scripts/benchmark.sh [OPTION …]
 #
 # --clients N …           how many clients ask at once; 1 4 16 64 unless given
 # --seconds S             how long each server is asked at a time; 3 unless given
