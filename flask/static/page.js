@@ -94,7 +94,7 @@ async function askOnce(aborted) {
 const bytes = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
 
-function tryAgain(sentence, seconds = 0) {
+function tryAgain(sentence, seconds) {
   show({}, `${sentence}. Your picture is kept, and asked about again.`);
   retry = setTimeout(ask, 1000 * Math.max(seconds || 0, wait));
   wait = Math.min(2 * wait, LONGEST_WAIT);
