@@ -106,7 +106,6 @@ def load(version, run):
     if model.inputs != {INPUT_NAME: batch} or model.outputs.get(OUTPUT_NAME) != probabilities:
         raise ModelError(f"{version} takes or gives other tensors than {INPUT_NAME} and {OUTPUT_NAME} of train.py")
     if run:
-        model.warm_up()
         answer = model.predict({INPUT_NAME: np.zeros((1, *IMAGE_SHAPE), np.float32)})[OUTPUT_NAME]
         if answer.shape != (1, CLASSES) or not np.isfinite(answer).all():
             raise ModelError(f"{version} answers {answer.shape} or no numbers")
