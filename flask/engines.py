@@ -5,9 +5,9 @@ and the model's version, or raises EngineError. Each worker calls begin() before
 second then.
 """
 
-import ipaddress
 import json
 import multiprocessing
+import re
 import socket
 import sys
 import threading
@@ -127,7 +127,7 @@ class TritonEngine:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 1000),
             ("grpc.max_reconnect_backoff_ms", 1000),  # Else a Triton that comes back is found after up to 2 minutes.
-            ("grpc.enable_http_proxy", int(not all(is_loopback(host) for host, _ in pairs))),
+            ("grpc.enable_http_proxy", int(not all(re.match(r"127\.|::1$|localhost$", host) for host, _ in pairs))),
         ]
 
     def begin(self):
@@ -179,10 +179,3 @@ def numeric_target(pairs):
             found = [socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4] for host, port in pairs]
             return f"{scheme}:{','.join(form.format(*address[:2]) for address in found)}"
     raise OSError(f"no addresses of one family for {', '.join(host for host, _ in pairs)}")
-
-
-def is_loopback(host):
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
