@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from flask import Flask, jsonify, render_template, request, send_file
+from flask import Flask, render_template, request, send_file
 from multipart import MultipartError, MultipartParser
 from PIL import Image
 from werkzeug.exceptions import BadRequest, HTTPException, LengthRequired, RequestEntityTooLarge
@@ -67,7 +67,7 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
     @app.get("/healthz")
     def healthz():
         """Tell that the process lives."""
-        return jsonify(Status="alive")
+        return {"Status": "alive"}
 
     @app.get("/readyz")
     def readyz():
@@ -75,7 +75,7 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
         if draining.is_set():
             raise EngineError("the server is stopping; ask again in a moment")
         engine.predict(np.zeros((1, *IMAGE_SHAPE), np.float32))
-        return jsonify(Status="ready")
+        return {"Status": "ready"}
 
     @app.post("/mnist_infer")
     def mnist_infer():
@@ -96,11 +96,11 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
                 "Milliseconds": 1000 * seconds,
                 "Input": png_uri(pixels),
             }
-        return jsonify(answer)
+        return answer
 
     @app.errorhandler(ImageError)
     def image_error(error):
-        return jsonify(Error=str(error)), 422 if isinstance(error, NoDigitError) else 400
+        return {"Error": str(error)}, 422 if isinstance(error, NoDigitError) else 400
 
     @app.errorhandler(HTTPException)
     def http_error(error):
@@ -112,7 +112,7 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
             500: "the server failed: its log says why",
         }
         headers = {"Retry-After": "1"} if error.code == 503 else {}
-        return jsonify(Error=sentences.get(error.code, error.description)), error.code, headers
+        return {"Error": sentences.get(error.code, error.description)}, error.code, headers
 
     # One function before and one after each request: Flask takes 3 us for each.
     @app.before_request
