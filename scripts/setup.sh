@@ -10,7 +10,7 @@
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" ]]; then
-  sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 die() {
