@@ -109,6 +109,23 @@ def test_machine_that_cannot_run_triton(tmp_path, disguise, sentence):
     assert result.stderr.count("\n") == 1
 
 
+def test_ipv6_address_where_the_kernel_has_no_ipv6(tmp_path):
+    disguise = """
+import socket
+class Socket(socket.socket):
+    def __init__(self, family=-1, *others, **named):
+        if family == socket.AF_INET6:
+            raise OSError(97, "Address family not supported by protocol")
+        super().__init__(family, *others, **named)
+socket.socket = Socket
+"""
+    ports = free_ports(3)
+    result = run("--http-address=::1", *ports_options(ports), disguise=disguise, path=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    sentence = f"triton_local.sh: cannot listen on ::1:{ports[0]} (Address family not supported by protocol): "
+    assert result.stderr.startswith(sentence) and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
 @pytest.mark.parametrize("form", ["--{}-port={}", "--{}-port {}"])
 def test_busy_port(service, form):

@@ -107,12 +107,12 @@ def check_addresses(addresses):
     """Refuse ports that are taken; warn where other machines will reach this release."""
     taken = []
     for address in addresses:
-        with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)
-            except OSError as error:
-                taken.append("{}:{} ({})".format(*address, error.strerror))
+        except OSError as error:
+            taken.append("{}:{} ({})".format(*address, error.strerror))
     if taken:
         ports = "--http-port, --grpc-port and --metrics-port"
         die(f"cannot listen on {' and '.join(taken)}: stop what does, or give other {ports}")
