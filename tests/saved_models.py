@@ -197,8 +197,9 @@ def sequence(control, batched):
 
 
 def ragged():
-    """Return as many rows as SIZES is long, each with the whole RAGGED and the whole EXTRA."""
-    inputs = {name: v1.placeholder(tf.float32, [None], f"TENSOR_{name}") for name in ("RAGGED", "SIZES", "EXTRA")}
+    """Return as many rows as SIZES is long, each with the whole of every input."""
+    names = ("RAGGED", "SIZES", "EXTRA", "SHAPE")
+    inputs = {name: v1.placeholder(tf.float32, [None], f"TENSOR_{name}") for name in names}
     rows = tf.shape(inputs["SIZES"])[0]
     return inputs, {f"{name}_OUT": tf.tile(value[None, :], [rows, 1]) for name, value in inputs.items()}
 
@@ -280,6 +281,7 @@ def main(repository):
     save_graph(repository, "reshape", identity(tf.float32, [None, 4, 1, 2], [None]))
     save_graph(repository, "fixed", identity(tf.float32, [1, 2]))
     save_graph(repository, "ragged", ragged)
+    save_graph(repository, "items", identity(tf.float32, [None], [None, 2]))
     save_graph(repository, "with_offset", with_offset)
     Path(repository, "with_offset", "init_ops.json").write_text('{"init_ops": ["set_offset"]}')
     # Any shared library will do for one with operations.

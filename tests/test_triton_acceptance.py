@@ -50,23 +50,23 @@ WAITING = ONE_INSTANCE + (
 )
 RAGGED = """
 max_batch_size: 8
-instance_group { count: 1 }
-input { name: "RAGGED" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }
-output [
-  { name: "RAGGED_OUT" data_type: TYPE_FP32 dims: [ -1 ] },
-  { name: "SIZES_OUT" data_type: TYPE_FP32 dims: [ -1 ] },
-  { name: "EXTRA_OUT" data_type: TYPE_FP32 dims: [ -1 ] }
-]
+instance_group {{ count: 1 }}
+input {{ name: "RAGGED" data_type: TYPE_FP32 dims: [ {} ] allow_ragged_batch: true }}
 batch_input [
-  { kind: BATCH_ELEMENT_COUNT target_name: "SIZES" data_type: TYPE_FP32 source_input: "RAGGED" },
-  {
-    kind: BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO
-    target_name: "EXTRA"
-    data_type: TYPE_FP32
-    source_input: "RAGGED"
-  }
+  {{ kind: BATCH_{} target_name: "SIZES" data_type: TYPE_FP32 source_input: "RAGGED" }},
+  {{ kind: BATCH_{} target_name: "EXTRA" data_type: TYPE_FP32 source_input: "RAGGED" }},
+  {{ kind: BATCH_MAX_ELEMENT_COUNT_AS_SHAPE target_name: "SHAPE" data_type: TYPE_FP32 source_input: "RAGGED" }}
 ]
-dynamic_batching { preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 2000000 }
+dynamic_batching {{ preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 2000000 }}
+"""
+ITEMS = """
+max_batch_size: 8
+instance_group { count: 1 }
+input { name: "INPUT0" data_type: TYPE_FP32 dims: [ -1, -1 ] allow_ragged_batch: true }
+output [ { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ -1, -1 ] }, { name: "OUTPUT1" } ]
+batch_input { kind: BATCH_ITEM_SHAPE target_name: "INPUT1" data_type: TYPE_FP32 source_input: "INPUT0" }
+batch_output { kind: BATCH_SCATTER_WITH_INPUT_SHAPE target_name: "OUTPUT0" source_input: "INPUT0" }
+dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 2000000 }
 """
 
 
@@ -106,7 +106,9 @@ SERVED = {
     "square_root": ("square_root", WAITING),
     "counter": ("counter", ONE_INSTANCE),
     "corners": ("corners", ONE_INSTANCE),
-    "ragged": ("ragged", RAGGED),
+    "ragged": ("ragged", RAGGED.format("-1", "ELEMENT_COUNT", "ACCUMULATED_ELEMENT_COUNT_WITH_ZERO")),
+    "ragged_items": ("ragged", RAGGED.format("-1, -1", "ACCUMULATED_ELEMENT_COUNT", "ITEM_SHAPE_FLATTEN")),
+    "items": ("items", ITEMS),
     "large": ("large", ONE_INSTANCE + "max_batch_size: 32"),
     "small": ("double_lite", ONE_INSTANCE + "max_batch_size: 32"),
 }
@@ -333,6 +335,24 @@ def test_ragged_requests_are_one_flat_tensor_with_its_batch_inputs(models):
         assert answer["RAGGED_OUT"].tolist() == [np.repeat(sizes, sizes).tolist()]
         assert answer["SIZES_OUT"].tolist() == [sizes.tolist()]
         assert answer["EXTRA_OUT"].tolist() == [[0, *np.cumsum(sizes)]]
+        assert answer["SHAPE_OUT"].shape == (1, max(lengths))
+
+
+def test_ragged_requests_tell_the_shapes_of_their_items(models):
+    shapes = ((4, 1), (1, 3), (2, 2))
+    requests = [{"RAGGED": np.full((1, *shape), index, np.float32)} for index, shape in enumerate(shapes)]
+    for answer in together(models, "ragged_items", requests):
+        order = [shapes[int(index)] for index in dict.fromkeys(answer["RAGGED_OUT"][0])]
+        assert answer["EXTRA_OUT"].tolist() == [[size for shape in order for size in shape]]
+        assert answer["SIZES_OUT"].tolist() == [np.cumsum([np.prod(shape) for shape in order]).tolist()]
+
+
+def test_output_is_given_back_in_the_shape_of_its_input(models):
+    shapes = ((2, 1, 2), (1, 3, 1), (1, 2, 2))
+    inputs = [np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for shape in shapes]
+    for x, answer in zip(inputs, together(models, "items", [{"INPUT0": x} for x in inputs]), strict=True):
+        assert answer["OUTPUT0"].tolist() == x.tolist()
+        assert answer["OUTPUT1"].tolist() == [list(x.shape[1:])] * len(x)
 
 
 def test_twin_keeps_its_weights_once_whatever_batches_come(models):

@@ -172,22 +172,33 @@ def test_absent_graphs_are_refused_with_those_there_are(load, saved_model, param
         (
             '"INPUT1" data_type: TYPE_INT32',
             '"INPUT1" data_type: TYPE_FP32',
-            ["configuration expects datatype TYPE_FP32 for input 'INPUT1', model provides TYPE_INT32"],
+            [
+                "Invalid argument: unable to load model 'configured_",
+                "configuration expects datatype TYPE_FP32 for input 'INPUT1', model provides TYPE_INT32",
+            ],
         ),
         (
             OUTPUT1,
             OUTPUT1.replace("16", "1"),
             [
+                "Invalid argument: model 'configured_",
                 "tensor 'OUTPUT1': the model expects 2 dimensions (shape [-1,16]) but the model configuration "
                 "specifies 2 dimensions (an initial batch dimension because max_batch_size > 0 followed by the "
-                "explicit tensor shape, making complete shape [-1,1])"
+                "explicit tensor shape, making complete shape [-1,1])",
             ],
         ),
         (OUTPUT1, OUTPUT1.replace("16", "-1"), ["'OUTPUT1'", "[-1,16]", "[-1,-1]"]),
         (OUTPUT1, OUTPUT1.replace("INT32", "INT8"), ["'OUTPUT1'", "TYPE_INT8", "TYPE_INT32"]),
-        ('"INPUT1"', '"UNKNOWN"', ["unexpected inference input 'UNKNOWN', allowed inputs are: INPUT0, INPUT1"]),
+        (
+            '"INPUT1"',
+            '"UNKNOWN"',
+            [
+                "configuration expects 3 inputs, model provides 2: "
+                "unexpected inference input 'UNKNOWN', allowed inputs are: INPUT0, INPUT1"
+            ],
+        ),
         ('"OUTPUT1"', '"UNKNOWN"', ["unexpected inference output 'UNKNOWN', allowed outputs are: OUTPUT0, OUTPUT1"]),
-        (INPUT1, 2 * INPUT1, ["3 inputs", "provides 2"]),
+        (INPUT1, 2 * INPUT1, ["3 inputs", "provides 2", "'INPUT1' is given twice"]),
         (INPUT1, INPUT1 + INPUT1.replace("INPUT1", "INPUT2"), ["3 inputs", "provides 2"]),
         (OUTPUT1, 2 * OUTPUT1, ["'OUTPUT1'", "twice"]),
         ('"INPUT1"', '"INPUT1" optional: true', ["'INPUT1'", "optional"]),
@@ -207,7 +218,7 @@ def test_contradictions_of_the_signature_are_refused(load, old, new, named):
         (
             "add_sub_lite",
             'input [ { name: "INPUT0" dims: [ 16 ] }, { name: "INPUT1" dims: [ -1, 16 ] } ]',
-            ["contradicting"],
+            ["Internal: unable to autofill for 'configured_", "contradicting"],
         ),
         ("no_shape_nobatch", None, ["'INPUT0'", "rank", "dimensions"]),
         ("any_rank", None, ["Unable to autofill", "the rank of model tensor 'x' is 0 and dimensions are not defined"]),
@@ -226,6 +237,7 @@ ACCELERATORS = 'optimization { execution_accelerators { %s_execution_accelerator
 REFUSED = {
     ACCELERATORS % ("cpu", "openvino"): "CPU Execution Accelerator",
     "model_transaction_policy { decoupled: true }": "decoupled",
+    'cc_model_filenames { key: "7.5" value: "other.savedmodel" }': "cc_model_filenames",
     PARAMETER.format("TF_NUM_INTRA_THREADS", "-1"): "TF_NUM_INTRA_THREADS",
     PARAMETER.format("TF_NUM_INTRA_THREADS", "many"): "TF_NUM_INTRA_THREADS",
     PARAMETER.format("TF_NUM_INTER_THREADS", "-1"): "TF_NUM_INTER_THREADS",
@@ -327,6 +339,15 @@ def test_default_of_the_command_line_counts(saved_models, tmp_path, options, max
     with model_server(saved_models, tmp_path, *options) as server:
         assert server.load("double", "double_lite")["max_batch_size"] == max_batch_size
         assert server.load("own", "double_lite", "max_batch_size: 3")["max_batch_size"] == 3
+
+
+@pytest.mark.parametrize("setting", ["default-max-batch-size=many", "allow-soft-placement=perhaps"])
+def test_values_of_the_command_line_that_mean_nothing_are_refused(saved_models, tmp_path, setting):
+    with model_server(saved_models, tmp_path, f"--backend-config=tensorflow,{setting}") as server:
+        sentence = refusal(lambda *model: server.load("double", *model), "double_lite", None)
+    name, _, value = setting.partition("=")
+    assert f"--backend-config: {name} must be" in sentence
+    assert f"not '{value}'" in sentence
 
 
 def test_settings_of_keras_keep_no_model_from_loading(saved_models, tmp_path, monkeypatch):

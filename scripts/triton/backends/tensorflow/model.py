@@ -22,7 +22,10 @@ DEFAULT_MAX_BATCH_SIZE = 4  # NVIDIA's backend gave it to a model that can batch
 # The fields of a control input that hold its values, of which one is given; the data type is in the field's name.
 CONTROL_VALUES = ("int32_false_true", "fp32_false_true", "bool_false_true")
 MIXED_PRECISION = "auto_mixed_precision"
-TRUE = ("true", "on", "1")  # How NVIDIA's backend reads a truth value, in any case.
+TRUE, FALSE = ("true", "on", "1"), ("false", "off", "0")  # How NVIDIA's backend reads a truth value, in any case.
+# Triton's names of the two kinds of errors that a backend in Python cannot tell it apart, and what NVIDIA's said next.
+UNLOADABLE = "Invalid argument: unable to load model"
+NOT_COMPLETED = "Internal: unable to autofill for"
 
 # TensorFlow's name of each dtype that Triton carries too, and Triton's.
 DATA_TYPES = {
@@ -192,8 +195,8 @@ def _load(version_directory, settings, device=None):
         raise _refusal(settings, error) from error
 
 
-def _refusal(settings, reason, action="load model"):
-    return pb_utils.TritonModelException(f"unable to {action} '{settings['name']}', {reason}")
+def _refusal(settings, reason, start=UNLOADABLE):
+    return pb_utils.TritonModelException(f"{start} '{settings['name']}', {reason}")
 
 
 def _parameters(settings):
@@ -213,12 +216,10 @@ def _session_options(settings, parameters, device):
             )
         threads[name] = int(text)
     per_session = parameters.get("TF_USE_PER_SESSION_THREADS", "false")
-    if per_session.lower() not in (*TRUE, "false", "off", "0"):
-        raise _refusal(settings, f"parameter 'TF_USE_PER_SESSION_THREADS' must be true or false, not '{per_session}'")
     options = {
         "intra_op_parallelism_threads": threads["TF_NUM_INTRA_THREADS"],
         "inter_op_parallelism_threads": threads["TF_NUM_INTER_THREADS"],
-        "use_per_session_threads": per_session.lower() in TRUE,
+        "use_per_session_threads": _is_true(settings, "parameter 'TF_USE_PER_SESSION_THREADS'", per_session),
     }
     level = settings.get("optimization", {}).get("graph", {}).get("level", 0)
     graph_options = {}
@@ -227,13 +228,19 @@ def _session_options(settings, parameters, device):
     if device:
         if MIXED_PRECISION in _gpu_accelerators(settings):
             graph_options["rewrite_options"] = {"auto_mixed_precision": 1}  # RewriterConfig.ON
-        share = float(_command_line_setting("gpu-memory-fraction") or 0)
+        share = _command_line_number(settings, "gpu-memory-fraction", float, default=0)
         if share:
             options["gpu_options"] = {"per_process_gpu_memory_fraction": share}
     soft_placement = _command_line_setting("allow-soft-placement")
     if soft_placement:
-        options["allow_soft_placement"] = soft_placement.lower() in TRUE
+        options["allow_soft_placement"] = _is_true(settings, "--backend-config: allow-soft-placement", soft_placement)
     return options | {"graph_options": graph_options}
+
+
+def _is_true(settings, name, text):
+    if text.lower() not in (*TRUE, *FALSE):
+        raise _refusal(settings, f"{name} must be true or false, not '{text}'")
+    return text.lower() in TRUE
 
 
 def _operation_libraries(settings, directory):
@@ -273,6 +280,14 @@ def _command_line_setting(name):
     return None
 
 
+def _command_line_number(settings, name, kind, default):
+    text = _command_line_setting(name)
+    try:
+        return kind(text) if text else default
+    except ValueError as error:
+        raise _refusal(settings, f"--backend-config: {name} must be a number, not '{text}'") from error
+
+
 def _control_types(settings):
     """Return the data type of each input by which Triton tells a model where a sequence stands."""
     types = {}
@@ -293,12 +308,16 @@ def _batch_input_types(settings):
 
 def _complete(settings, model):
     """Fill in max_batch_size and what the signature tells of each input and output; outputs may be a selection."""
-    _check_names(settings, model)
     filled = _control_types(settings) | _batch_input_types(settings)
     sides = {
         "input": {name: spec for name, spec in model.inputs.items() if name not in filled},
         "output": model.outputs,
     }
+    for side, specs in sides.items():
+        given = [tensor["name"] for tensor in settings[side]]
+        if side == "input" or not given:
+            settings[side] += [{"name": name} for name in specs if name not in given]
+    _check_names(settings, model)
     shapes = [spec.shape for specs in sides.values() for spec in specs.values()]
     if settings["max_batch_size"] > 0:
         if any(shape is not None and shape[:1] != (None,) for shape in shapes):
@@ -306,18 +325,14 @@ def _complete(settings, model):
                 settings,
                 f"configuration specified max-batch {settings['max_batch_size']} but model signature does not support "
                 "batching",
-                "autofill for",
+                NOT_COMPLETED,
             )
     elif _can_batch(settings, sides):
-        size = _command_line_setting("default-max-batch-size") or DEFAULT_MAX_BATCH_SIZE
-        settings["max_batch_size"] = max(int(size), 0)
+        size = _command_line_number(settings, "default-max-batch-size", int, DEFAULT_MAX_BATCH_SIZE)
+        settings["max_batch_size"] = max(size, 0)
     for side, specs in sides.items():
-        tensors = {tensor["name"]: tensor for tensor in settings[side]}
-        if side == "input" or not tensors:
-            tensors |= {name: {"name": name} for name in specs if name not in tensors}
-        for name, tensor in tensors.items():
-            _complete_tensor(settings, side, name, tensor, specs[name])
-        settings[side] = list(tensors.values())
+        for tensor in settings[side]:
+            _complete_tensor(settings, side, tensor["name"], tensor, specs[tensor["name"]])
     if settings["max_batch_size"] > 1 and "sequence_batching" not in settings:
         settings.setdefault("dynamic_batching", {})  # Triton prefers batches of max_batch_size then.
 
@@ -334,7 +349,7 @@ def _can_batch(settings, sides):
         raise _refusal(
             settings,
             "model tensor configurations are contradicting each other in terms of whether batching is supported",
-            "autofill for",
+            NOT_COMPLETED,
         )
     shapes = [spec.shape for specs in sides.values() for spec in specs.values()]
     return hints != {False} and all(shape and shape[0] is None for shape in shapes)
@@ -366,22 +381,19 @@ def _check_names(settings, model):
                 settings, f"configuration specified sequence control '{name}', but model does not provide that input"
             )
     given = [*controls, *made_here, *(tensor["name"] for tensor in settings["input"])]
-    if len(given) > len(model.inputs):
-        raise _refusal(
-            settings,
-            f"configuration expects {len(given)} inputs, model provides {len(model.inputs)}: {_quoted(model.inputs)}",
-        )
     for side, names, specs in (
         ("input", given, model.inputs),
         ("output", [tensor["name"] for tensor in settings["output"]], model.outputs),
     ):
         for name in names:
+            if name in specs and names.count(name) == 1:
+                continue
+            reason = f"{side} '{name}' is given twice"
             if name not in specs:
-                raise _refusal(
-                    settings, f"unexpected inference {side} '{name}', allowed {side}s are: {', '.join(specs)}"
-                )
-            if names.count(name) > 1:
-                raise _refusal(settings, f"{side} '{name}' is given twice")
+                reason = f"unexpected inference {side} '{name}', allowed {side}s are: {', '.join(specs)}"
+            if side == "input" and len(names) > len(specs):
+                reason = f"configuration expects {len(names)} inputs, model provides {len(specs)}: {reason}"
+            raise _refusal(settings, reason)
 
 
 def _check(settings, model):
@@ -458,6 +470,7 @@ def _check_dims(settings, name, spec, dims, exact):
             f"tensor '{name}': the model expects {len(expected)} dimensions (shape {_written(spec.shape)}) but the "
             f"model configuration specifies {len(given)} dimensions ({f'{batch}making complete ' * batched}shape "
             f"[{','.join(map(str, given))}])",
+            "Invalid argument: model",
         )
 
 
@@ -469,6 +482,8 @@ def _check_settings(settings, model):
         raise _refusal(settings, "model_transaction_policy: decoupled is not supported in TensorFlow backend")
     if settings.get("sequence_batching", {}).get("state"):
         raise _refusal(settings, "sequence_batching: state is not supported in TensorFlow backend, but variables are")
+    if settings.get("cc_model_filenames"):
+        raise _refusal(settings, "cc_model_filenames is not supported: every GPU runs default_model_filename")
     for tensor in settings.get("batch_input", []):
         if tensor["kind"] not in BATCH_INPUTS:
             raise _refusal(settings, f"batch_input: kind {tensor['kind']} is not supported in TensorFlow backend")
