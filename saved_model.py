@@ -111,7 +111,9 @@ class SavedModel:
         if self.signature != SIGNATURE:
             self.runtime += f", signature '{self.signature}'"
         self.twin = None
-        if device is None and (tag, self.signature) == (TAG, SIGNATURE) and (self._path / TWIN).exists():
+        # A twin was made of this one signature, and without operations that the caller wants run first.
+        is_its = (tag, self.signature) == (TAG, SIGNATURE) and not session.get("init_operations")
+        if device is None and is_its and (self._path / TWIN).exists():
             if self._is_twin_mine():
                 self.twin = str(self._path / TWIN)
                 self.runtime = "LiteRT on the CPU"

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tensorflow as tf
-from saved_models import save
+from saved_models import save, save_graph, saved_model_path, with_offset
 
 from mnist_preprocess import INPUT_NAME, MODEL_NAME, OUTPUT_NAME, ROOT
 from saved_model import DIGESTS, SAVED_MODEL, TWIN, ModelError, SavedModel, add_twin, main, newest_version, versions
@@ -338,6 +338,15 @@ def test_a_state_begins_as_it_was_saved_and_goes_on(tmp_path):
     with pytest.raises(ModelError) as error:
         add_twin(tmp_path)
     is_sentence(error, "its AssignAddVariableOp checks, keeps, prints or draws something")
+
+
+def test_a_twin_does_not_answer_for_a_model_that_is_initialised_otherwise(tmp_path):
+    save_graph(tmp_path, "with_offset", with_offset)
+    path = saved_model_path(tmp_path, "with_offset", 1)
+    add_twin(path)
+    x = np.array([[1, 2]], np.float32)
+    assert SavedModel(path).predict({"x": x})["y"].tolist() == [[1, 2]]
+    assert SavedModel(path, init_operations=["set_offset"]).predict({"x": x})["y"].tolist() == [[8, 9]]
 
 
 @pytest.mark.parametrize("folder", ["brackets [1]", "a space and an umlaut ä", "star * question ?"])
