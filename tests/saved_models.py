@@ -259,6 +259,7 @@ def main(repository):
     save(repository, "any_rank", double, x=(None, tf.float32))
     save(repository, "repeat", repeat, x=([None, 2], tf.float32), times=([None, 1], tf.int32))
     save(repository, "square_root", square_root, x=([None, 2], tf.float32))
+    save(repository, "first_only", lambda x, start: {"y": x * start}, x=([None], tf.float32), start=([1], tf.float32))
     save_counter(repository)
     save_corners(repository)
     save_large(repository)

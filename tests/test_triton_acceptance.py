@@ -57,7 +57,7 @@ batch_input [
   {{ kind: BATCH_{} target_name: "EXTRA" data_type: TYPE_FP32 source_input: "RAGGED" }},
   {{ kind: BATCH_MAX_ELEMENT_COUNT_AS_SHAPE target_name: "SHAPE" data_type: TYPE_FP32 source_input: "RAGGED" }}
 ]
-dynamic_batching {{ preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 2000000 }}
+dynamic_batching {{ preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 10000000 }}
 """
 ITEMS = """
 max_batch_size: 8
@@ -66,7 +66,7 @@ input { name: "INPUT0" data_type: TYPE_FP32 dims: [ -1, -1 ] allow_ragged_batch:
 output [ { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ -1, -1 ] }, { name: "OUTPUT1" } ]
 batch_input { kind: BATCH_ITEM_SHAPE target_name: "INPUT1" data_type: TYPE_FP32 source_input: "INPUT0" }
 batch_output { kind: BATCH_SCATTER_WITH_INPUT_SHAPE target_name: "OUTPUT0" source_input: "INPUT0" }
-dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 2000000 }
+dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 10000000 }
 """
 
 

@@ -108,6 +108,16 @@ def test_variable_adds_up_each_sequence(models, name, protocol):
     assert run_sequence(models, name, 600, [4, 5], protocol) == [4, 609]
 
 
+def test_control_that_has_no_batch_leaves_the_model_without_one(models):
+    control = 'control_input { name: "start" control { kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ] } }'
+    instances = "instance_group { kind: KIND_CPU count: 1 }"
+    completed = models.load("first_only", "first_only", f"sequence_batching {{ {control} }} {instances}")
+    assert (completed["max_batch_size"], completed["input"][0]["dims"]) == (0, [-1])
+    x = {"x": np.array([4, 5], np.float32)}
+    answers = [ask(models, "first_only", x, sequence_id=7, sequence_start=first)["y"] for first in (True, False)]
+    assert [answer.tolist() for answer in answers] == [[4, 5], [0, 0]]
+
+
 @pytest.mark.parametrize("name", BATCHED)
 def test_sequences_at_once_keep_apart(models, name):
     with ThreadPoolExecutor(3) as pool:

@@ -318,7 +318,7 @@ def _complete(settings, model):
         if side == "input" or not given:
             settings[side] += [{"name": name} for name in specs if name not in given]
     _check_names(settings, model)
-    shapes = [spec.shape for specs in sides.values() for spec in specs.values()]
+    shapes = [spec.shape for spec in (*model.inputs.values(), *model.outputs.values())]
     if settings["max_batch_size"] > 0:
         if any(shape is not None and shape[:1] != (None,) for shape in shapes):
             raise _refusal(
@@ -327,7 +327,7 @@ def _complete(settings, model):
                 "batching",
                 NOT_COMPLETED,
             )
-    elif _can_batch(settings, sides):
+    elif all(shape and shape[0] is None for shape in shapes) and _leaves_out_a_batch(settings, sides):
         size = _command_line_number(settings, "default-max-batch-size", int, DEFAULT_MAX_BATCH_SIZE)
         settings["max_batch_size"] = max(size, 0)
     for side, specs in sides.items():
@@ -337,13 +337,13 @@ def _complete(settings, model):
         settings.setdefault("dynamic_batching", {})  # Triton prefers batches of max_batch_size then.
 
 
-def _can_batch(settings, sides):
-    """Tell whether the first size of every tensor is open, and no dims in the configuration count it."""
+def _leaves_out_a_batch(settings, sides):
+    """Tell whether the dims in the configuration, if there are any, lack the first size of the signature's shapes."""
     hints = {
-        len(_dims(tensor)) + 1 == len(specs[tensor["name"]].shape or ())
+        len(_dims(tensor)) + 1 == len(specs[tensor["name"]].shape)
         for side, specs in sides.items()
         for tensor in settings[side]
-        if tensor.get("dims") and specs[tensor["name"]].shape is not None
+        if tensor.get("dims")
     }
     if len(hints) > 1:
         raise _refusal(
@@ -351,8 +351,7 @@ def _can_batch(settings, sides):
             "model tensor configurations are contradicting each other in terms of whether batching is supported",
             NOT_COMPLETED,
         )
-    shapes = [spec.shape for specs in sides.values() for spec in specs.values()]
-    return hints != {False} and all(shape and shape[0] is None for shape in shapes)
+    return hints != {False}
 
 
 def _complete_tensor(settings, side, name, tensor, spec):
