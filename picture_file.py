@@ -79,6 +79,8 @@ def for_decoder(data: bytes) -> tuple[str, bytes]:
 
     Raises ImageError when it is none of FORMATS, or has more in it than any picture has.
     """
+    if not data:
+        raise ImageError("the file is empty: send a picture")
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG", essential_png(data)
     if data.startswith(b"\xff\xd8\xff"):

@@ -26,7 +26,7 @@ import numpy as np
 from flask import Flask, render_template, request, send_file
 from multipart import MultipartError, MultipartParser
 from PIL import Image
-from werkzeug.exceptions import BadRequest, HTTPException, LengthRequired, RequestEntityTooLarge
+from werkzeug.exceptions import BadRequest, HTTPException, LengthRequired, RequestEntityTooLarge, UnsupportedMediaType
 
 # Appended, so that nothing in the project's folder can shadow an installed package, as flask/ would shadow flask.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -111,7 +111,9 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
             413: f"the upload is larger than {MAX_UPLOAD // 2**20} MiB: send a smaller picture",
             500: "the server failed: its log says why",
         }
-        headers = {"Retry-After": "1"} if error.code == 503 else {}
+        headers = dict(error.get_headers()) | {"Content-Type": "application/json"}  # It names the methods of a 405.
+        if error.code == 503:
+            headers["Retry-After"] = "1"
         return {"Error": sentences.get(error.code, error.description)}, error.code, headers
 
     # One function before and one after each request: Flask takes 3 us for each.
@@ -138,13 +140,15 @@ def create_app(engine, allow_origin=None, access_log=False) -> Flask:
 
 
 def uploaded_picture():
-    """Return the picture of the request, open in memory. Raises BadRequest where none came whole.
+    """Return the picture of the request, open in memory. Raises HTTPException where none came whole.
 
     It is the body, or the form's file FIELD. Flask's own request.files compiles regular expressions for the form's
     boundary, which browsers and curl choose anew each time: 0.3 ms, more than the rest of the request. The package
     multipart takes 0.02 ms. What it does not know, such as line ends without CR or `filename*` alone, Flask reads.
     """
     body, boundary = request.environ["wsgi.input"], request.mimetype_params.get("boundary")
+    if request.environ.get("HTTP_CONTENT_ENCODING", "identity") != "identity":
+        raise UnsupportedMediaType("send the picture as it is, without Content-Encoding")
     if request.mimetype.startswith("image/") or request.mimetype == "application/octet-stream":
         if "HTTP_TRANSFER_ENCODING" in request.environ:  # granian does not tell whether chunks came to their end.
             raise LengthRequired("send the picture's size along, as Content-Length")

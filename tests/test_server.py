@@ -254,11 +254,14 @@ def test_engine_that_is_away(client, engine):
         pytest.param(form(SAMPLE).replace(b"; filename", b"; x"), HEADERS, 400, id="text field"),
         pytest.param(form(SAMPLE), {"Content-Type": 'multipart/form-data; boundary="\xe9"'}, 400, id="odd boundary"),
         pytest.param(form(bytes(MAX_UPLOAD)), HEADERS, 413, id="too large"),
+        pytest.param(form(SAMPLE), HEADERS | {"Content-Encoding": "gzip"}, 415, id="compressed"),
     ],
 )
 def test_bad_upload_is_one_sentence(client, body, headers, status):
     answer = client.post("/mnist_infer", data=body, headers=headers)
     assert answer.status_code == status
+    answers = client.get("/openapi.json", buffered=True).json["paths"]["/mnist_infer"]["post"]["responses"]
+    assert str(status) in answers
     assert list(answer.json) == ["Error"]
     assert re.fullmatch(r"[a-z][^\n]{20,}", answer.json["Error"])
     assert not re.search(r"\\|\bb'|[{}()\[\]]|Error|None", answer.json["Error"]), "Python speaks there"
@@ -278,6 +281,7 @@ def test_wrong_address_or_method_is_one_sentence(client, method, path, status):
     answer = client.open(path, method=method)
     assert answer.status_code == status
     assert "POST a picture to" in answer.json["Error"]
+    assert set(answer.allow) == ({"POST", "OPTIONS"} if status == 405 else set())
 
 
 def serve(*options):
