@@ -8,12 +8,16 @@ import subprocess
 from itertools import pairwise
 from pathlib import Path
 
+import pillow_heif
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import flask_server, free_ports, require
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from mnist_preprocess import HOST, ROOT, SAMPLE_IMAGE
+
+pillow_heif.register_heif_opener()
 
 CHROMIUM = shutil.which("chromium")
 # Strokes on a pad of 448x448, as the page sends it.
@@ -239,6 +243,23 @@ def test_reads_a_picture(open_page, bring):
     bring(page, SAMPLE_IMAGE)
     expect_digit(page, "7")
     expect(page.locator("#pad")).to_have_class("picture")
+
+
+def test_shows_what_the_model_saw_of_a_picture_that_the_browser_cannot_show(page, tmp_path):
+    Image.open(SAMPLE_IMAGE).convert("RGB").save(tmp_path / "digit.heic")
+    upload(page, tmp_path / "digit.heic")
+    expect_digit(page, "7")
+    page.wait_for_function("""() => {
+        const pixels = pad.getContext("2d").getImageData(0, 0, pad.width, pad.height).data;
+        return pixels[0] === 0 && pixels.some((value, index) => index % 4 === 0 && value > 200);
+    }""")
+
+
+def test_holds_still_for_those_who_ask_for_it(open_page):
+    page = open_page(reduced_motion="reduce")
+    for selector, pseudo in ((".answer", ""), (".bar", "::after")):
+        styles = f"getComputedStyle(document.querySelector('{selector}'), '{pseudo}')"
+        assert page.evaluate(f"{styles}.transitionDuration") == "0s"
 
 
 def test_a_paste_without_a_picture_says_so(page):

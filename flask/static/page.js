@@ -25,12 +25,13 @@ function paint() {
   pad.classList.toggle("picture", Boolean(picture));
   pen.fillStyle = "#fff";
   pen.fillRect(0, 0, pad.width, pad.height);
-  if (picture?.image.naturalWidth) {
-    const { naturalWidth: width, naturalHeight: height } = picture.image;
+  if (picture?.image.complete) {
+    // The server reads more formats than a browser shows, such as HEIC: then what the model saw is shown.
+    const image = picture.image.naturalWidth ? picture.image : find("seen");
+    const { naturalWidth: width, naturalHeight: height } = image;
     const scale = pad.width / Math.max(width, height);
-    pen.drawImage(
-      picture.image, (pad.width - scale * width) / 2, (pad.height - scale * height) / 2, scale * width, scale * height,
-    );
+    const box = [(pad.width - scale * width) / 2, (pad.height - scale * height) / 2, scale * width, scale * height];
+    if (width) pen.drawImage(image, ...box);
   }
   pen.lineCap = pen.lineJoin = "round";
   pen.lineWidth = pad.width / 14; // A digit fills most of the pad; MNIST's strokes are 1/10 to 1/5 of its height.
@@ -174,7 +175,7 @@ function take(file) {
   if (!file) return say("There is no picture in it: drop or paste a picture itself.");
   const image = new Image();
   image.src = URL.createObjectURL(file);
-  image.onload = paint; // The server reads more formats than a browser shows.
+  image.onload = image.onerror = paint;
   startSheet({ name: file.name, file: () => file, image });
 }
 
@@ -214,6 +215,7 @@ function undo() {
 }
 
 find("undo").addEventListener("click", undo);
+find("seen").addEventListener("load", paint);
 find("clear").addEventListener("click", () => startSheet({}));
 addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "z") undo();
