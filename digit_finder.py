@@ -14,6 +14,7 @@ from picture_file import NoDigitError, as_image, as_pixels, four_sided
 # A picture with more pixels than this along both sides is looked at in half its size first, in half the time. That is
 # enough for a digit which is at least so large then, in pixels, and is so much of all ink that it is nearly alone.
 FULL_SIDE, LARGE_DIGIT, ALONE = 256, 40, 0.9
+SMALL_PAGE = 20  # Pixels along its shorter side, at least.
 PAPER_GRID = 24  # Cells along the longer side of the grid on which the paper's brightness is estimated.
 
 
@@ -32,10 +33,23 @@ def find_digit(pixels: np.ndarray) -> np.ndarray:
 
 def digit_and_share(pixels: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the ink of the digit as find_digit() does, and its share of all ink that is left when lines are gone."""
-    ink, noise = denoised(ink_on_paper(*page(pixels)))
+    pixels, inside = page(pixels)
+    ink, noise = denoised(ink_on_paper(pixels, inside))
     ink = without_frames(without_ruled_lines(ink, noise), noise)
     ink, digit, share = digit_in(ink, noise)
+    ((rows, columns),) = ndimage.find_objects(digit.astype(np.uint8))
+    if is_small_page(digit[rows, columns]):
+        rim = max(2, max(rows.stop - rows.start, columns.stop - columns.start) // 20)
+        with suppress(NoDigitError):
+            return digit_and_share(pixels[rows, columns][rim:-rim, rim:-rim])
     return strokes(ink, digit), share
+
+
+def is_small_page(shape: np.ndarray) -> bool:
+    """Tell whether a shape has no strokes, but four sides, and perhaps a digit in it: a note, a display, a cell."""
+    hull = filled(shape)
+    is_solid = stroke_thickness(hull) > 0.35 * max(hull.shape) and shape.sum() > 0.75 * hull.sum()
+    return min(shape.shape) >= SMALL_PAGE and is_solid and four_sided(hull)
 
 
 # 1. The page: what surrounds it (a table, a frame, a window) has edges that are stronger than any ink's.
@@ -128,12 +142,16 @@ def ink_on_paper(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     else:
         # Light that falls off smoothly is smooth below broad strokes, too. A shadow's edge would be left over as ink,
         # which would reach the rim.
-        uneven = Paper(uneven.cells, smooth)
-        sloping = uneven
-        for _ in range(2):
-            sloping = Paper(sloping.surface(cells), smooth)
+        uneven = sloping = Paper(uneven.cells, smooth)
+        # Where light falls off all around, the median is too bright in the corners: most of the paper looks like ink.
+        is_wrong = uneven.ink.mean() > 0.5
+        paper = np.ones(cells.shape[:2], bool) if is_wrong else uneven.covers(cells)
+        for _ in range(3 if is_wrong else 2):
+            sloping = Paper(surface(cells, paper), smooth)
+            paper = sloping.covers(cells)
         little_more = sloping.ink.sum() < 1.5 * uneven.ink.sum() and sloping.at_rim < min(0.2, uneven.at_rim + 0.01)
-        if sloping.separation > uneven.separation and little_more:
+        is_better = sloping.separation > uneven.separation and little_more
+        if sloping.at_rim < 0.01 if is_wrong else is_better:
             best = sloping
     return (pixels @ best.axis - enlarged((best.cells @ best.axis)[..., None], image.size)[..., 0]) * inside
 
@@ -157,13 +175,16 @@ class Paper:
         self.ink = sign * value > self.threshold
         self.at_rim = np.concatenate([self.ink[0], self.ink[-1], self.ink[:, 0], self.ink[:, -1]]).mean()
 
-    def surface(self, cells: np.ndarray) -> np.ndarray:
-        """Return the surface of second order that fits best to those cells of the picture that are paper."""
-        paper = ((cells - self.cells) @ self.axis < self.threshold / 2).ravel()
-        y, x = (place.ravel() / np.float32(PAPER_GRID) for place in np.indices(cells.shape[:2]))
-        terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
-        fit = np.linalg.lstsq(terms[paper], cells.reshape(paper.size, -1)[paper], rcond=None)[0]
-        return (terms @ fit).reshape(cells.shape)
+    def covers(self, cells: np.ndarray) -> np.ndarray:
+        """Tell which of the picture's cells are paper."""
+        return (cells - self.cells) @ self.axis < self.threshold / 2
+
+
+def surface(cells: np.ndarray, paper: np.ndarray) -> np.ndarray:
+    """Return the surface of second order that fits best to those cells that are paper."""
+    y, x = (place / np.float32(PAPER_GRID) for place in np.indices(paper.shape))
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+    return terms @ np.linalg.lstsq(terms[paper], cells[paper], rcond=None)[0]
 
 
 def as_colours(image: Image.Image) -> np.ndarray:
@@ -231,7 +252,7 @@ def denoised(ink: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the ink, smoothed where it is so faint that a sensor's noise tears it, and the noise_of() it then."""
     noise = noise_of(ink)
     strong = ink[ink > noise]
-    if not strong.size or ink.shape[1] < 2:
+    if not strong.size or min(ink.shape) < 32:  # In a small picture, most of the steps are those of edges.
         return ink, noise
     level = float(strong @ strong / strong.sum())
     deviation = np.median(np.abs(np.diff(ink[::4]))) / 0.954  # Of normal noise: 0.6745 times the square root of 2.
@@ -289,10 +310,14 @@ def without_frames(ink: np.ndarray, noise: float) -> np.ndarray:
     mask = ink > max(threshold / 2, noise)
     parts = Parts(mask)
     dark = np.bincount(parts.labels[ink > threshold], minlength=len(parts.area))
-    large = np.flatnonzero((parts.side > max(8, 0.05 * max(mask.shape))) & (dark > 0.3 * parts.area))
+    smallest = max(8, min(0.05 * max(mask.shape), 0.1 * min(mask.shape)))
+    large = np.flatnonzero((parts.side > smallest) & (dark > 0.3 * parts.area))
     large = large[np.argsort(-parts.side[large])][:40]
     shapes = {part: parts.labels[parts.boxes[part - 1]] == part for part in large}
     thickness = {part: stroke_thickness(shape) for part, shape in shapes.items()}
+    beside = np.zeros(len(parts.area), bool)
+    beside[[part for part in large if len(large) > 1 and goes_around(part, large, parts, thickness[part])]] = True
+    large = large[~beside[large]]
     lines = {part: straight_lines(shape) for part, shape in shapes.items()}
     flat = {part: shape.shape[1] > 3 * shape.shape[0] for part, shape in shapes.items()}
     candidates = [part for part in large if not lines[part] and parts.side[part] > 2.5 * thickness[part]]
@@ -303,20 +328,30 @@ def without_frames(ink: np.ndarray, noise: float) -> np.ndarray:
         return ink
     digit = max(candidates, key=lambda part: dark[part] * (0.3 if parts.touch_edge[part] else 1))
     side = parts.side[digit]
-    beside = np.zeros(len(parts.area), bool)
     for part in large:
-        if part == digit or not lines[part] or parts.side[part] < 0.95 * side:
+        is_thin = thickness[part] < 0.5 * thickness[digit]
+        if part == digit or not lines[part] or (parts.side[part] < 0.95 * side and not is_thin):
             continue
         across = max(parts.left[part] - parts.right[digit], parts.left[digit] - parts.right[part])
         down = max(parts.top[part] - parts.bottom[digit], parts.top[digit] - parts.bottom[part])
-        if lines[part] > 1:  # A 7 in two parts is not thin.
-            beside[part] = max(across, down) < -side / 2 or parts.side[part] > 15 * thickness[part]
-        elif thickness[part] < 0.5 * thickness[digit]:
+        if is_thin or lines[part] > 2:
             beside[part] = True
+        elif lines[part] == 2:  # A 7 in two parts is not thin.
+            beside[part] = max(across, down) < -side / 2 or parts.side[part] > 15 * thickness[part]
         else:  # As thick as the pen, it may be the stem of a 4, or a stroke from which the pen was lifted.
             gap, least, enough = (down, 0.04, 1.3) if flat[part] else (across, 0.1, 1.6)
             beside[part] = gap > least * side or parts.side[part] > enough * side
     return np.where(ndimage.maximum_filter(beside[parts.labels], 3), 0, ink) if beside.any() else ink
+
+
+def goes_around(part: int, others: np.ndarray, parts: "Parts", thickness: float) -> bool:
+    """Tell whether a part is a frame or a circle: it has another inside, more than the dot that some put into a 0."""
+    labels = parts.labels[parts.boxes[part - 1]]
+    hull = filled(labels == part)
+    within = np.bincount(labels[hull], minlength=len(parts.area)) > 0.95 * parts.area
+    within &= parts.side > min(0.3 * parts.side[part], 4 * thickness)
+    within[part] = False
+    return bool(within[others].any()) and parts.area[part] < 0.7 * hull.sum()
 
 
 def straight_lines(shape: np.ndarray) -> int:
@@ -353,12 +388,16 @@ def digit_in(ink: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray, flo
     if parts.side[main] < 5 or parts.area[main] < 8:
         raise NoDigitError("no digit to be seen: the picture shows nothing but specks")
     digit = np.arange(len(parts.area)) == main
+    # Many parts of one size are the dashes of a line, if they are not the digit: a display's are of up to seven.
+    area = np.sort(parts.area[1:])
+    dashes = np.searchsorted(area, 1.4 * parts.area) - np.searchsorted(area, parts.area / 1.4) > 5
+    dashes &= ~dashes[main]
     while True:
         top, bottom = parts.top[digit].min(), parts.bottom[digit].max()
         left, right = parts.left[digit].min(), parts.right[digit].max()
         side = max(bottom - top, right - left)
         gap = np.max([parts.top - bottom, top - parts.bottom, parts.left - right, left - parts.right], axis=0)
-        more = ~digit & ~along & (gap < 0.2 * side) & (parts.side > 0.15 * side) & (parts.area > 0)
+        more = ~digit & ~along & ~dashes & (gap < 0.2 * side) & (parts.side > 0.15 * side) & (parts.area > 0)
         if not more.any():
             return np.clip(ink / level, 0, 1), digit[parts.labels], parts.area[digit].sum() / parts.area.sum()
         digit |= more

@@ -475,6 +475,12 @@ def straight(shape: tuple[int, int], lines, thickness: float) -> np.ndarray:
     return np.asarray(large.reduce(4), np.float32) / 255
 
 
+def sides_of(left: float, top: float, right: float, bottom: float) -> list:
+    """Return the four lines (x, y, x, y) of a box."""
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    return [(*start, *end) for start, end in zip(corners, corners[1:] + corners[:1], strict=True)]
+
+
 def in_cell(rng, picture, shape, cell, gap: float) -> np.ndarray:
     """Return the ink of the digit on a page of (height, width), anywhere in a cell (left, top, right, bottom)."""
     left, top, right, bottom = (round(side + sign * gap) for side, sign in zip(cell, (1, 1, -1, -1), strict=True))
@@ -520,14 +526,8 @@ def box(rng, digit):
     left, top = rng.uniform(8, 160, 2)
     right, bottom, thickness = left + width, top + height, rng.uniform(1.2, 7)
     shape = int(bottom + rng.uniform(8, 160)), int(right + rng.uniform(8, 160))
-    lines = [
-        (left, top, right, top),
-        (right, top, right, bottom),
-        (right, bottom, left, bottom),
-        (left, bottom, left, top),
-    ]
     ink = in_cell(rng, digit, shape, (left, top, right, bottom), 3 + thickness)
-    return filled_in(rng, ink, straight(shape, lines, thickness))
+    return filled_in(rng, ink, straight(shape, sides_of(left, top, right, bottom), thickness))
 
 
 def form_cells(rng, digit):
@@ -583,6 +583,77 @@ def underlined(rng, digit):
     return filled_in(rng, page, straight(page.shape, lines, thickness))
 
 
+def circled(rng, digit):
+    """A circle or a box with round corners around the digit."""
+    width, height = rng.uniform(140, 300, 2)
+    left, top = rng.uniform(8, 100, 2)
+    right, bottom, thickness = left + width, top + height, rng.uniform(1.5, 9)
+    shape = int(bottom + rng.uniform(8, 100)), int(right + rng.uniform(8, 100))
+    large = Image.new("L", (4 * shape[1], 4 * shape[0]))
+    draw, place, pen = ImageDraw.Draw(large), [4 * side for side in (left, top, right, bottom)], round(4 * thickness)
+    if rng.random() < 0.5:
+        draw.ellipse(place, outline=255, width=pen)
+    else:
+        draw.rounded_rectangle(place, 4 * min(width, height) * rng.uniform(0.1, 0.5), outline=255, width=pen)
+    ink = in_cell(rng, digit, shape, (left, top, right, bottom), 0.17 * min(width, height) + thickness)
+    return filled_in(rng, ink, np.asarray(large.reduce(4), np.float32) / 255)
+
+
+def dashed(rng, digit):
+    """A box of dashes or dots around the digit, or only its lower side, as a line below."""
+    width, height = rng.uniform(90, 240, 2)
+    left, top = rng.uniform(8, 100, 2)
+    right, bottom, thickness = left + width, top + height, rng.uniform(1.3, 5)
+    shape = int(bottom + rng.uniform(8, 100)), int(right + rng.uniform(8, 100))
+    dash, lines = rng.choice([0.1, rng.uniform(4, 16)]), []
+    step = dash + thickness + rng.uniform(3, 10)
+    for x, y, end_x, end_y in sides_of(left, top, right, bottom)[slice(2, 3) if rng.random() < 0.3 else slice(4)]:
+        length = abs(end_x - x) + abs(end_y - y)
+        for start in np.arange(0, length, step) / length:
+            end = min(1, start + dash / length)
+            lines.append([a + share * (b - a) for share in (start, end) for a, b in ((x, end_x), (y, end_y))])
+    ink = in_cell(rng, digit, shape, (left, top, right, bottom), 4 + thickness)
+    return filled_in(rng, ink, straight(shape, lines, thickness))
+
+
+def row_of_boxes(rng, digit):
+    """Boxes side by side, one of them filled in."""
+    count, width, gap = int(rng.integers(3, 9)), rng.uniform(50, 120), rng.uniform(4, 20)
+    height, thickness = width * rng.uniform(1, 1.5), rng.uniform(1, 3.5)
+    left, top = rng.uniform(8, 40, 2)
+    starts = left + (width + gap) * np.arange(count)
+    shape = int(top + height + rng.uniform(8, 60)), int(starts[-1] + width + rng.uniform(8, 40))
+    lines = [line for start in starts for line in sides_of(start, top, start + width, top + height)]
+    start = rng.choice(starts)
+    ink = in_cell(rng, digit, shape, (start, top, start + width, top + height), 3 + thickness)
+    return filled_in(rng, ink, straight(shape, lines, thickness))
+
+
+def small_page(rng, digit):
+    """A note far away on a desk, the display of a device, or a digit that was marked with a highlighter."""
+    paper = [(240, 238, 230), (250, 230, 90), (250, 150, 190), (150, 220, 160), (30, 40, 70)][rng.integers(5)]
+    pen = (230, 235, 240) if sum(paper) < 300 else gray_pen(rng)
+    width, height = (int(side) for side in rng.integers(130, 200, 2))
+    ink = placed(rng, traced(digit, int(min(width, height) * rng.uniform(0.4, 0.75))), width, height, 14)
+    sheet = as_image(painted(ink, paper, pen)).convert("RGBA")
+    if rng.random() < 0.5:
+        sheet = sheet.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+    desk = Image.new("RGB", (800, 600), tuple(rng.integers(30, 150, 3)) if sum(paper) > 300 else (225, 225, 228))
+    desk.paste(sheet, tuple(int(rng.integers(20, most)) for most in (540, 340)), sheet)
+    return encoded(noisy(rng, lit(rng, np.asarray(desk, np.float32), 0.7), 4), "JPEG", quality=82)
+
+
+def faint_in_a_lamp(rng, digit):
+    """Ink 8 to 15 % darker than its paper, on which a lamp shines from above: it is darker all around."""
+    width, height = (int(side) for side in rng.integers(280, 600, 2))
+    ink = placed(rng, traced(digit, int(min(width, height) * rng.uniform(0.35, 0.7))), width, height, 10)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j].astype(np.float32)
+    distance = np.hypot(x - rng.uniform(0.2, 0.8), y - rng.uniform(0.2, 0.8))
+    light = 1 - rng.uniform(0.1, 0.45) * (distance / distance.max()) ** 2
+    page = noisy(rng, rng.uniform(170, 245) * light * (1 - rng.uniform(0.08, 0.15) * ink), rng.uniform(1, 4))
+    return encoded(page) if rng.random() < 0.5 else encoded(page, "JPEG", quality=int(rng.integers(80, 96)))
+
+
 def faint_on_uneven_light(rng, digit):
     """Ink 12 % darker than its paper, whose brightness falls by a third across the picture, with a sensor's noise."""
     width, height = (int(side) for side in rng.integers(280, 520, 2))
@@ -633,6 +704,7 @@ KINDS = (
     salt_and_pepper, on_a_table, at_the_edge, printed,
     scan_with_shadow, large_photo,
     comb_cell, box, form_cells, dark_border, underlined, faint_on_uneven_light, tight_crop, pencil_on_squares,
+    circled, dashed, row_of_boxes, small_page, faint_in_a_lamp,
 )  # fmt: skip
 
 
