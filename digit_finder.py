@@ -305,7 +305,7 @@ def ruled_lines(mask: np.ndarray) -> np.ndarray:
 
 
 def without_frames(ink: np.ndarray, noise: float) -> np.ndarray:
-    """Return the ink without cells, boxes and single lines beside a digit: straight, thin and longer than the digit."""
+    """Return the ink without what frames a digit, and without cells and lines beside it: straight, thin and long."""
     threshold = ink_level(ink, noise)[1]
     mask = ink > max(threshold / 2, noise)
     parts = Parts(mask)
