@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
+from statistics import median
 
 import flask
 import jsonschema
@@ -68,7 +69,7 @@ SEVEN = b'{"Prediction":"7"}\n'
 
 
 class FakeEngine:
-    """Sees a 7 in everything and remembers what it was given."""
+    """Sees a 7 in everything, takes a millisecond for it, and remembers what it was given."""
 
     name = "a fake"
 
@@ -77,6 +78,7 @@ class FakeEngine:
 
     def predict(self, batch):
         self.batch = batch
+        time.sleep(0.001)
         return np.array([[0, 0, 0.0625, 0, 0, 0, 0, 0.875, 0.0625, 0]], np.float32), "3"
 
 
@@ -150,10 +152,11 @@ def test_body_of_unknown_length_may_have_been_cut(client):
 
 
 def test_details(client, engine):
+    start = time.perf_counter()
     answer = client.post("/mnist_infer?details=1", data=form(SAMPLE), headers=HEADERS).json
     seen = Image.open(io.BytesIO(base64.b64decode(answer.pop("Input").removeprefix("data:image/png;base64,"))))
     assert np.array_equal(np.asarray(seen), engine.batch[0, ..., 0].round())
-    assert 0 < answer.pop("Milliseconds") < 1000
+    assert 1 <= answer.pop("Milliseconds") <= 1000 * (time.perf_counter() - start)
     assert answer == {
         "Prediction": "7",
         "Confidence": 0.875,
@@ -285,8 +288,10 @@ def test_wrong_address_or_method_is_one_sentence(client, method, path, status):
 
 
 def serve(*options):
-    """Run a server that is expected to end by itself."""
-    return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=60)
+    """Run a server that is expected to end by itself, also where no name server answers."""
+    environment = os.environ | {"RES_OPTIONS": "timeout:1 attempts:1"}
+    command = [sys.executable, SCRIPT, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -355,6 +360,7 @@ def test_damaged_model(tmp_path):
 def server(trained_repository, tmp_path_factory):
     """A server that the tests ask and leave running; its log is free of tracebacks in the end."""
     with flask_server(tmp_path_factory.mktemp("flask") / "log", trained_repository, "--workers=2") as server:
+        wait_for(lambda: len(processes(server)) == 2)  # The first one answers already.
         yield server
     assert server.process.returncode == 0
     assert "Traceback" not in server.log.read_text()
@@ -402,6 +408,11 @@ def memory(server):
     return found
 
 
+def growth(server, before):
+    """Return by how many KiB the memory of the worker that has grown most exceeds its memory `before`."""
+    return max(now - before[pid] for pid, now in memory(server).items())
+
+
 def cpus(server):
     """Return the CPUs on which each worker may run, in order."""
     return sorted(sorted(os.sched_getaffinity(pid)) for pid in processes(server))
@@ -445,12 +456,15 @@ def test_slow_clients_stop_nobody(server, sent):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
     with stalled_uploads(server, 1500, sent) as stalled:
-        start = time.monotonic()
-        assert [ask(server)[0] for _ in range(20)] == [200] * 20
-        assert time.monotonic() - start < 20
+        seconds = []
+        for _ in range(20):
+            start = time.monotonic()
+            assert ask(server)[0] == 200
+            seconds.append(time.monotonic() - start)
+        assert median(seconds) < 1
         if sent:  # Whoever goes on is answered too.
             stalled[0].sendall(form(SAMPLE)[50:])
-            assert stalled[0].recv(100).startswith(b"HTTP/1.1 200")
+            assert stalled[0].makefile("rb").readline().startswith(b"HTTP/1.1 200")
     assert ask(server)[0] == 200  # The log of the fixture shows that those who left caused no traceback.
 
 
@@ -464,16 +478,21 @@ def answer_to(server, sent, half_close=False):
 
 
 def test_upload_that_takes_too_long(trained_repository, tmp_path):
-    """The server's limit of a minute, made one of a second."""
-    quick = "import serving; serving.UPLOAD_SECONDS = serving.HEADER_SECONDS = 1; import server; server.main()"
-    with flask_server(tmp_path / "log", trained_repository, "--workers=1", program=["-c", quick]) as server:
-        status, answer = answer_to(server, STALLED)
-        assert status == 408 and b"the upload took more than 1 seconds: send it again" in answer
-        assert answer_to(server, CHUNKED + b"4\r\nabcd\r\n")[0] == 408
-        with hang(server, STALLED) as dripping, pytest.raises(ConnectionError):
-            for _ in range(100):
+    """The server's limit of a minute, made one of two seconds."""
+    quick = "import serving; serving.UPLOAD_SECONDS = serving.HEADER_SECONDS = 2; import server; server.main()"
+    with (
+        flask_server(tmp_path / "log", trained_repository, "--workers=1", program=["-c", quick]) as server,
+        ThreadPoolExecutor(2) as pool,
+        hang(server, STALLED) as dripping,
+    ):
+        stalled, without_end = (pool.submit(answer_to, server, sent) for sent in (STALLED, CHUNKED + b"4\r\nabcd\r\n"))
+        with pytest.raises(ConnectionError):
+            for _ in range(300):
                 dripping.sendall(b"x")
-                time.sleep(0.2)
+                time.sleep(0.1)
+        status, answer = stalled.result()
+        assert status == 408 and b"the upload took more than 2 seconds: send it again" in answer
+        assert without_end.result()[0] == 408
         assert ask(server)[0] == 200
 
 
@@ -514,12 +533,13 @@ def sample_values(server):
     }
 
 
-def test_metrics_of_all_workers(server):
-    ask(server)
-    before = sample_values(server)
-    assert [ask(server)[0] for _ in range(40)] == [200] * 40
-    assert [ask(server, body=form(b"no picture"))[0] for _ in range(5)] == [400] * 5
-    after = sample_values(server)
+def test_metrics_of_all_workers(trained_repository, tmp_path):
+    # A server that answers to nobody else: it still counts those whose clients have left.
+    with flask_server(tmp_path / "log", trained_repository, "--workers=2") as server:
+        before = sample_values(server)
+        assert [ask(server)[0] for _ in range(40)] == [200] * 40
+        assert [ask(server, body=form(b"no picture"))[0] for _ in range(5)] == [400] * 5
+        after = sample_values(server)
     for name, more in (
         ("mnist_requests_total[('status', '200')]", 41),  # And the first question for the metrics.
         ("mnist_requests_total[('status', '400')]", 5),
@@ -533,60 +553,66 @@ def test_metrics_of_all_workers(server):
 
 def test_access_log(trained_repository, tmp_path):
     with flask_server(tmp_path / "log", trained_repository, "--access-log") as server:
-        ask(server, "/mnist_infer?details=1&secret=1")
-        ask(server, "/a%0Ab")
+        sizes = [len(ask(server, path)[1]) for path in ("/mnist_infer?details=1&secret=1", "/a%0Ab")]
     lines = [line for line in (tmp_path / "log").read_text().splitlines() if " POST " in line]
     time_of_day = r"2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00"
-    assert re.fullmatch(time_of_day + r" POST /mnist_infer 200 \d{3} \d+\.\d", lines[0])
-    assert re.fullmatch(time_of_day + r" POST /a%0Ab 404 \d+ \d+\.\d", lines[1])
+    assert re.fullmatch(rf"{time_of_day} POST /mnist_infer 200 {sizes[0]} \d+\.\d", lines[0])
+    assert re.fullmatch(rf"{time_of_day} POST /a%0Ab 404 {sizes[1]} \d+\.\d", lines[1])
 
 
 def test_uploads_have_a_budget_together(server):
-    """Four times as many as it allows stall after 19 MiB each: nobody is told off, but those who come too late."""
+    """Six times as many as it allows stall after 19 MiB each: nobody is told off, but those who come too late."""
     most = form(bytes(19 * 2**20))
     head = f"{HEAD}Content-Length: {len(most)}\r\n\r\n".encode()
     before = memory(server)
     with ExitStack() as stack:
         # The kernel spreads them over the two workers, but not evenly.
-        for _ in range(2 * 4 * MAX_HELD // len(most)):
+        for _ in range(2 * 6 * MAX_HELD // len(most)):
             connection = stack.enter_context(socket.create_connection((HOST, server.port), timeout=60))
             with suppress(ConnectionError):
                 connection.sendall(head + most[:-1])
-        # Each thread's malloc keeps some of what its upload left behind as it grew, or was dropped.
-        assert max(now - before[pid] for pid, now in memory(server).items()) < 3 * MAX_HELD / 1024
+        # malloc keeps, for many of the threads, some of what an upload left behind as it grew or was dropped.
+        assert growth(server, before) < 4 * MAX_HELD / 1024
         assert 503 in {ask(server, body=most)[0] for _ in range(20)}
     wait_for(lambda: {ask(server)[0] for _ in range(20)} == {200})
 
 
 def test_answered_uploads_leave_memory(server):
     photo = form(bytes(19 * 2**20))
+    before = memory(server)
     connection = server.connect()
-    highest = []
-    for _ in range(20):
+    for _ in range(60):
         connection.request("POST", "/mnist_infer", photo, HEADERS)
         answer = connection.getresponse()
         assert answer.status == 400 and answer.read()
-        highest.append(max(memory(server).values()))
     connection.close()
-    assert highest[-1] < highest[2] + 30 * 1024
+    # As much as 15 of them take, which malloc may keep for some threads; all 60 would take 1140 MiB.
+    assert growth(server, before) < 15 * len(photo) / 1024
 
 
 def test_http_2_is_not_spoken(server):
-    with hang(server, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)) as connection:
-        assert connection.recv(100) == b"" or connection.recv(100).startswith(b"HTTP/1.1 400")
+    with hang(server, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)) as connection, suppress(ConnectionError):
+        assert connection.makefile("rb").readline() in (b"", b"HTTP/1.1 400 Bad Request\r\n")
+
+
+def holds_signals_back(process):
+    """Tell whether a process has begun to block SIGINT, as server.py does in its first line."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"^SigBlk:\s+(\w+)", status, re.MULTILINE)[1], 16) >> (signal.SIGINT - 1) & 1
 
 
 @pytest.mark.parametrize(
     ("number", "seconds"),
-    [*((signal.SIGINT, each) for each in (0.1, 0.5, 1.0, 2.0)), *((signal.SIGTERM, each) for each in (0.3, 0.7, 1.5))],
+    [*((signal.SIGINT, each) for each in (0, 0.5, 1.0, 2.0)), *((signal.SIGTERM, each) for each in (0.3, 0.7, 1.5))],
 )
 def test_signal_while_it_starts(trained_repository, number, seconds):
     (port,) = free_ports(1)
     command = [sys.executable, SCRIPT, f"--port={port}", "--model-repository", trained_repository]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_for(lambda: holds_signals_back(process))  # Until then Python itself answers, with a traceback.
         time.sleep(seconds)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=60)
     assert "Traceback" not in output
     assert process.returncode in (0, -number)
     assert not list(Path("/dev/shm").glob(f"flask-{process.pid}-*"))
@@ -616,51 +642,35 @@ def test_upload_past_the_limit(server):
 
     # Without its length: endless, if the server let it.
     chunk = b"100000\r\n" + bytes(2**20) + b"\r\n"
-    with socket.create_connection((HOST, server.port), timeout=60) as connection:
-        connection.sendall(
-            f"POST /mnist_infer HTTP/1.1\r\nHost: x\r\nContent-Type: {HEADERS['Content-Type']}\r\n"
-            "Transfer-Encoding: chunked\r\n\r\n".encode()
-        )
-        sent = 0
-        try:
-            while sent < 1000:
-                connection.sendall(chunk)
-                sent += 1
-        except ConnectionError:
-            pass  # The server has answered and closes the connection.
-        assert MAX_UPLOAD / 2**20 <= sent < 1000
-    after = memory(server)
-    assert after.keys() == before.keys()
-    assert max(after[pid] - before[pid] for pid in after) < 120 * 1024
+    sent, grown = 0, []
+    with hang(server, CHUNKED) as connection, suppress(ConnectionError):  # It has answered and closes the connection.
+        while sent < 1000:
+            connection.sendall(chunk)
+            sent += 1
+            grown.append(growth(server, before))
+    assert MAX_UPLOAD / 2**20 <= sent < 1000
+    assert max(grown) < 120 * 1024
 
 
 def keep_asking(server, enough, outcomes, reuse):
     """Ask until told otherwise; count the answers, the refused connections, and the requests without an answer."""
-    connection = None
+    connection = server.connect()
     while not enough.is_set():
-        if connection is None:
-            connection = server.connect()
-            try:
-                connection.connect()
-            except ConnectionRefusedError:
-                outcomes["refused"] += 1
-                connection = None
-                time.sleep(0.01)
-                continue
+        closed = True
         try:
             connection.request("POST", "/mnist_infer", form(DIGIT), HEADERS)
             answer = connection.getresponse()
             answer.read()
             outcomes[answer.status] += 1
             closed = answer.getheader("connection") == "close"
+        except ConnectionRefusedError:
+            outcomes["refused"] += 1
+            time.sleep(0.01)
         except (OSError, HTTPException) as error:
             outcomes[f"lost: {type(error).__name__}"] += 1
-            closed = True
         if closed or not reuse:
-            connection.close()
-            connection = None
-    if connection:
-        connection.close()
+            connection.close()  # The next request makes another.
+    connection.close()
 
 
 def under_load(server, act, reuse):
@@ -690,14 +700,15 @@ def is_gone(pid):
 def test_stopping_loses_no_request(stoppable, stop, stalled, reuse):
     workers = processes(stoppable)
 
+    # Its own limits of time. A busy machine adds to them, but a fault would have it wait for the stalled uploads' end.
+    assert serving.DRAIN_SECONDS + serving.CLOSE_SECONDS + serving.STOP_SECONDS < 12
+
     def act():
-        start = time.monotonic()
         if stop == "SIGTERM":
             stoppable.process.send_signal(signal.SIGTERM)
         else:
             os.killpg(stoppable.process.pid, signal.SIGINT)
         assert stoppable.process.wait(30) == 0
-        assert time.monotonic() - start < 12
 
     with stalled_uploads(stoppable, stalled):
         outcomes = under_load(stoppable, act, reuse)
@@ -729,7 +740,7 @@ def test_reloading_loses_no_request(stoppable, reuse):
 
     assert under_load(stoppable, act, reuse).keys() == {200}
     assert len(processes(stoppable)) == len(workers)
-    assert len(set(map(tuple, cpus(stoppable)))) == len(os.sched_getaffinity(0))
+    wait_for(lambda: len(set(map(tuple, cpus(stoppable)))) == len(os.sched_getaffinity(0)))
 
 
 def test_killed_worker_is_replaced(stoppable):
@@ -765,10 +776,6 @@ def test_killed_server_leaves_no_worker(stoppable):
 
 
 def test_memory_does_not_grow(stoppable):
-    while len(served := memory(stoppable)) < 2:
-        time.sleep(0.1)
-    assert max(served.values()) < 100 * 1024  # Steady below 100 MB.
-
     def ask_often(count):
         connection = stoppable.connect()
         statuses = Counter()
@@ -780,11 +787,14 @@ def test_memory_does_not_grow(stoppable):
         connection.close()
         return statuses
 
-    with ThreadPoolExecutor(64) as pool:
-        assert sum(pool.map(ask_often, [10] * 64), Counter()) == {200: 640}  # Each client has its thread now.
-        before = memory(stoppable)
-        assert sum(pool.map(ask_often, [157] * 64), Counter()) == {200: 157 * 64}
-    after = memory(stoppable)
-    assert after.keys() == before.keys()
-    assert sum(after.values()) <= 1.1 * sum(before.values())
-    assert max(after.values()) < 100 * 1024
+    def grows():
+        """Tell whether it takes 600 bytes or more for each of 3,200 requests. At first there are threads to make."""
+        before = sum(memory(stoppable).values())
+        with ThreadPoolExecutor(64) as pool:
+            assert sum(pool.map(ask_often, [50] * 64), Counter()) == {200: 3200}
+        return sum(memory(stoppable).values()) > before + 3200 * 600 / 1024
+
+    workers = processes(stoppable)
+    wait_for(lambda: not grows())
+    assert max(memory(stoppable).values()) < 200 * 1024  # TensorFlow alone would take 350 MB.
+    assert processes(stoppable) == workers
