@@ -96,8 +96,11 @@ def test_older_tensorflow_gives_the_same_answers(
     if not (environment / "complete").exists():
         shutil.rmtree(environment)
         subprocess.run([python, "-m", "venv", environment], check=True, capture_output=True)
-        install = ("-m", "pip", "install", "--quiet", "--no-compile", f"{TENSORFLOW}=={tensorflow}", "numpy<2")
-        installed = subprocess.run([environment / "bin" / "python", *install], capture_output=True, text=True)
+        # With patience: a mirror may have to fetch a file of 500 MB first.
+        install = ("-m", "pip", "install", "--quiet", "--no-compile", "--timeout=60", "--retries=10")
+        packages = (f"{TENSORFLOW}=={tensorflow}", "numpy<2")
+        command = [environment / "bin" / "python", *install, *packages]
+        installed = subprocess.run(command, capture_output=True, text=True)
         require(installed.returncode == 0, f"pip cannot install TensorFlow {tensorflow}: {installed.stderr.strip()}")
         (environment / "complete").touch()
     answers, version = ask(environment / "bin" / "python", trained_repository, pictures, tmp_path)
