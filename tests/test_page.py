@@ -378,7 +378,7 @@ SLOW_FETCH = """
     count++;
     try {
       const aborted = new Promise((_, fail) =>
-        options?.signal.addEventListener("abort", () => fail(options.signal.reason)));
+        options?.signal.addEventListener("abort", () => fail(window.reason = options.signal.reason)));
       await Promise.race([gate, aborted]);
       return await fetchAtOnce(url, options);
     } finally {
@@ -406,6 +406,7 @@ def test_a_new_picture_does_not_wait_for_the_answer_about_the_last(open_page):
     page.evaluate("gate = null")
     upload(page, SAMPLE_IMAGE)
     expect_digit(page, "7")
+    assert page.evaluate("reason.name") == "AbortError"  # And no TimeoutError.
 
 
 def test_runs_no_script_that_is_not_a_file_of_the_server(browser, server):
