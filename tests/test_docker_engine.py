@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import NEWEST, START_SECONDS, copy_configuration, read_terminal, require
+from conftest import NEWEST, PATIENCE, copy_configuration, read_terminal, require, wait_for
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, TRITON_HTTP_PORT
 
@@ -47,7 +46,7 @@ def image(request):
         stand_in = subprocess.run(command, capture_output=True, text=True)
         assert stand_in.returncode == 0, stand_in.stdout + stand_in.stderr
     yield IMAGE
-    docker("stop", CONTAINER)
+    stop()
     docker("image", "rm", IMAGE, NVIDIA_IMAGE)
 
 
@@ -68,7 +67,7 @@ def serve(*arguments, folder="/"):
 
 def is_ready(host):
     try:
-        return urllib.request.urlopen(f"http://{host}:{TRITON_HTTP_PORT}/v2/health/ready", timeout=5).status == 200
+        return urllib.request.urlopen(f"http://{host}:{TRITON_HTTP_PORT}/v2/health/ready", timeout=60).status == 200
     except OSError:
         return False
 
@@ -77,11 +76,16 @@ def is_there():
     return bool(docker("container", "ls", "--all", "--quiet", "--filter", f"name=^{CONTAINER}$").stdout)
 
 
-def wait_until(condition, process):
-    deadline = time.monotonic() + START_SECONDS
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+def stop():
+    """Stop the container; Docker removes it a moment after that."""
+    status = docker("stop", CONTAINER).returncode
+    wait_for(lambda: not is_there())
+    return status
+
+
+def wait_until_ready(process):
+    wait_for(lambda: process.poll() is not None or (is_there() and is_ready(HOST)))
+    assert process.poll() is None
 
 
 @pytest.fixture(scope="class")
@@ -90,11 +94,7 @@ def container(image, repository, tmp_path_factory):
     result = serve("--detach", "--model-repository", repository, folder=tmp_path_factory.mktemp("elsewhere"))
     assert result.returncode == 0, result.stderr
     yield result.stdout
-    assert docker("stop", CONTAINER).returncode == 0
-    deadline = time.monotonic() + 10  # Docker removes a container a moment after it has ended.
-    while is_there() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_there()
+    assert stop() == 0
 
 
 class TestDetached:
@@ -157,7 +157,7 @@ def test_health_check_finds_a_dead_stub(image, repository):
         assert "is not healthy" in message
         assert is_ready(HOST)
     finally:
-        docker("stop", CONTAINER)
+        stop()
 
 
 def test_model_that_tritons_user_cannot_read(image, repository, tmp_path):
@@ -178,7 +178,7 @@ def test_listen_opens_the_ports(image, repository):
         assert result.returncode == 0, result.stderr
         assert is_ready("127.0.0.2")
     finally:
-        docker("stop", CONTAINER)
+        stop()
 
 
 def test_model_that_does_not_load(image, tmp_path):
@@ -190,17 +190,17 @@ def test_model_that_does_not_load(image, tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
     assert "UNAVAILABLE" in result.stderr
     assert result.stderr.endswith("triton_cpu.sh: Triton ended before the models were READY: its log stands above\n")
-    assert not is_there()
+    wait_for(lambda: not is_there())
 
 
 def test_interrupt_stops_it(image, repository, tmp_path):
     with (tmp_path / "log.txt").open("wb") as log:
         process = subprocess.Popen([SCRIPT, "--model-repository", repository], stdout=log, stderr=log)
-    wait_until(lambda: is_there() and is_ready(HOST), process)
+    wait_until_ready(process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert re.search(READY, (tmp_path / "log.txt").read_text())
-    assert not is_there()
+    wait_for(lambda: not is_there())
 
 
 def test_ctrl_c_on_a_terminal_stops_it(image, repository):
@@ -210,10 +210,10 @@ def test_ctrl_c_on_a_terminal_stops_it(image, repository):
     printed = []
     reader = threading.Thread(target=lambda: printed.append(read_terminal(controller)))
     reader.start()
-    wait_until(lambda: is_there() and is_ready(HOST), process)
+    wait_until_ready(process)
     os.write(controller, b"\x03")
-    assert process.wait(60) == 0
-    reader.join(10)
+    assert process.wait(PATIENCE) == 0
+    reader.join(PATIENCE)
     os.close(controller)
     assert re.search(READY, printed[0])
-    assert not is_there()
+    wait_for(lambda: not is_there())

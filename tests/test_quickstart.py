@@ -10,7 +10,7 @@ import time
 import uuid
 
 import pytest
-from conftest import await_nothing, children, require
+from conftest import PATIENCE, await_nothing, children, require, wait_until_caught
 
 from mnist_preprocess import FLASK_PORT, HOST, MODEL_NAME, ROOT, TRITON_GRPC_PORT, TRITON_HTTP_PORT, TRITON_METRICS_PORT
 
@@ -60,7 +60,7 @@ def test_asks_both_servers_behind_dead_proxies(curl, project, tmp_path):
             (tmp_path / program).symlink_to(shutil.which(program))
         variables["PATH"] = str(tmp_path)
     process, mark = start(project, **variables)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert (process.returncode, stderr) == (0, "Starting Triton and Flask …\n"), stderr
     assert ("$ curl" in stdout, "$ # Without curl" in stdout) == (curl, not curl)
     answers = [line for line in stdout.splitlines() if not line.startswith("$ ")]
@@ -77,7 +77,7 @@ def test_serve_says_what_to_open_and_ends_with_a_server(project):
     for child, command in children(process.pid).items():
         if "flask/server.py" in command:
             os.kill(child, signal.SIGTERM)
-    stderr = process.communicate(timeout=60)[1]
+    stderr = process.communicate(timeout=PATIENCE)[1]
     assert (process.returncode, stderr) == (1, "Starting Triton and Flask …\nquickstart.sh: a server stopped\n")
     assert await_nothing(mark) == {}
 
@@ -85,7 +85,7 @@ def test_serve_says_what_to_open_and_ends_with_a_server(project):
 def test_taken_port(project):
     with socket.create_server((HOST, TRITON_GRPC_PORT)):
         process, _ = start(project)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     assert (process.returncode, stdout) == (1, "")
     assert stderr == "quickstart.sh: port 8001 is taken: stop what listens on it, then try again\n"
 
@@ -94,8 +94,9 @@ def test_taken_port(project):
 def test_stopped_at_any_moment_it_leaves_nothing(number, project):
     for moment in range(MOMENTS):
         process, mark = start(project, "--serve")
-        time.sleep(0.1 + 5 * (moment + SIGNALS.index(number) / len(SIGNALS)) / MOMENTS)  # Between those of the others.
+        wait_until_caught(signal.SIGTERM, process.pid)
+        time.sleep(5 * (moment + SIGNALS.index(number) / len(SIGNALS)) / MOMENTS)  # Between those of the others.
         os.killpg(process.pid, number)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
         assert process.returncode in (128 + number, -number)
-        assert await_nothing(mark, 15 if number == signal.SIGKILL else 5) == {}
+        assert await_nothing(mark) == {}

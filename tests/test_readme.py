@@ -7,12 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import START_SECONDS, require
+from conftest import PATIENCE, require, wait_for
 
 from mnist_preprocess import FLASK_PORT, HOST, ROOT, TRITON_GRPC_PORT, TRITON_HTTP_PORT, TRITON_METRICS_PORT
 
@@ -80,16 +79,14 @@ def test_each_command_answers_as_printed(copy, triton):  # `triton` has fetched 
         for command, printed in commands():
             if command in ELSEWHERE:
                 continue
-            line = ["bash", "-c", f"source .venv/bin/activate; {command}"]
+            line = ["bash", "-c", f"source .venv/bin/activate; {'exec ' if command in SERVERS else ''}{command}"]
             if command in SERVERS:
                 log = copy.parent / f"server-{len(servers)}.log"
                 with log.open("wb") as output:
                     process = subprocess.Popen(line, cwd=copy, stdout=output, stderr=output, start_new_session=True)
                 servers.append(process)
-                deadline = time.monotonic() + START_SECONDS
-                while not listens(SERVERS[command]):
-                    assert process.poll() is None and time.monotonic() < deadline, f"{command}:\n{log.read_text()}"
-                    time.sleep(0.1)
+                wait_for(lambda port=SERVERS[command], process=process: listens(port) or process.poll() is not None)
+                assert process.poll() is None, f"{command}:\n{log.read_text()}"
                 if printed:
                     assert without_figures(printed) in without_figures(log.read_text()), command
                 continue
@@ -102,7 +99,7 @@ def test_each_command_answers_as_printed(copy, triton):  # `triton` has fetched 
     finally:
         for process in servers:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
+            process.wait(PATIENCE)
     status = subprocess.run(["git", "status", "--porcelain"], cwd=copy, capture_output=True, text=True)
     assert status.stdout == ""
 

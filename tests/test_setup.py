@@ -9,14 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, wait_for
 
 from mnist_preprocess import ROOT
 
-TOOLS = ("awk", "bash", "cat", "cmp", "df", "dirname", "mkdir", "rm", "sed")
+TOOLS = ("awk", "bash", "cat", "cmp", "dirname", "mkdir", "rm", "sed")
 PYTHON = Path(sys.base_prefix, "bin", "python3")
 # A Python that is too new: it says so, and fails the check of its shared library.
 TOO_NEW = 'case "$1" in --version) echo Python 3.14.2 ;; *) exit 1 ;; esac'
@@ -35,6 +35,7 @@ class Project:
         self.bin.mkdir()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
+        self.add_disk(megabytes=8000)
 
     @property
     def environment(self):
@@ -44,9 +45,14 @@ class Project:
         (self.bin / program).write_text(f"#!/usr/bin/env bash\n{code}\n")
         (self.bin / program).chmod(0o755)
 
+    def add_disk(self, megabytes):
+        self.add("df", f"echo head; echo '/dev/sda1 9000000 1000000 {1024 * megabytes} 89% /'")
+
     def setup(self, **variables):
         command = [self.folder / "scripts" / "setup.sh"]
-        return subprocess.run(command, env=self.environment | variables, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, env=self.environment | variables, capture_output=True, text=True, timeout=PATIENCE
+        )
 
     def home(self):
         """Return the folder of the Python from which .venv was made."""
@@ -148,8 +154,7 @@ def test_environment_that_cannot_be_made(project):
 
 
 def test_full_disk(project):
-    (project.bin / "df").unlink()
-    project.add("df", "echo head; echo '/dev/sda1 9000000 8000000 1000000 89% /'")
+    project.add_disk(megabytes=976)
     (project.folder / ".venv").mkdir()  # As a run leaves it that was stopped.
     check_failure(
         project.setup(PYTHON=str(PYTHON)), "has 976 MB of free space, and the project needs 3500: make room first"
@@ -165,14 +170,15 @@ def test_folder_that_cannot_be_written(project):
 
 def test_ctrl_c_gives_one_line(project):
     (project.bin / "python3").symlink_to(PYTHON)
+    # The Python that makes .venv takes a minute for it.
+    slow = "import sys, time\nif 'venv' in sys.orig_argv: print(file=open('making', 'w')); time.sleep(60)\n"
+    (project.folder / "sitecustomize.py").write_text(slow)
+    environment = project.environment | {"PYTHONPATH": str(project.folder)}
     command = [project.folder / "scripts" / "setup.sh"]
-    process = subprocess.Popen(
-        command, env=project.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not (project.folder / ".venv").exists():
-        time.sleep(0.01)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for((project.folder / "making").exists)
     os.killpg(process.pid, signal.SIGINT)
-    stderr = process.communicate(timeout=30)[1]
+    stderr = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 130
     assert stderr.splitlines()[1:] == ["setup.sh: stopped; run it again to go on"]
 

@@ -1,12 +1,11 @@
 """What the drop-in TensorFlow backend answers through the real server: what NVIDIA's backend answered, or an error."""
 
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ask, stub
+from conftest import ask, stub, wait_for
 from saved_models import ADD_SUB_DTYPES, LARGE
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
@@ -44,20 +43,17 @@ input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] }
 output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] }
 instance_group { count: 1 }
 """
-# Long enough for the requests of several clients to become one batch on a busy machine.
+# Long enough for the requests of several clients to become one batch on a busy machine; three do not wait.
 WAITING = ONE_INSTANCE + (
-    "max_batch_size: 8 dynamic_batching { preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 2000000 }"
+    "max_batch_size: 8 dynamic_batching { preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 60000000 }"
 )
 RAGGED = """
-max_batch_size: 8
-instance_group {{ count: 1 }}
 input {{ name: "RAGGED" data_type: TYPE_FP32 dims: [ {} ] allow_ragged_batch: true }}
 batch_input [
   {{ kind: BATCH_{} target_name: "SIZES" data_type: TYPE_FP32 source_input: "RAGGED" }},
   {{ kind: BATCH_{} target_name: "EXTRA" data_type: TYPE_FP32 source_input: "RAGGED" }},
   {{ kind: BATCH_MAX_ELEMENT_COUNT_AS_SHAPE target_name: "SHAPE" data_type: TYPE_FP32 source_input: "RAGGED" }}
 ]
-dynamic_batching {{ preferred_batch_size: [ 3 ] max_queue_delay_microseconds: 10000000 }}
 """
 ITEMS = """
 max_batch_size: 8
@@ -66,7 +62,7 @@ input { name: "INPUT0" data_type: TYPE_FP32 dims: [ -1, -1 ] allow_ragged_batch:
 output [ { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ -1, -1 ] }, { name: "OUTPUT1" } ]
 batch_input { kind: BATCH_ITEM_SHAPE target_name: "INPUT1" data_type: TYPE_FP32 source_input: "INPUT0" }
 batch_output { kind: BATCH_SCATTER_WITH_INPUT_SHAPE target_name: "OUTPUT0" source_input: "INPUT0" }
-dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 10000000 }
+dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 60000000 }
 """
 
 
@@ -106,8 +102,8 @@ SERVED = {
     "square_root": ("square_root", WAITING),
     "counter": ("counter", ONE_INSTANCE),
     "corners": ("corners", ONE_INSTANCE),
-    "ragged": ("ragged", RAGGED.format("-1", "ELEMENT_COUNT", "ACCUMULATED_ELEMENT_COUNT_WITH_ZERO")),
-    "ragged_items": ("ragged", RAGGED.format("-1, -1", "ACCUMULATED_ELEMENT_COUNT", "ITEM_SHAPE_FLATTEN")),
+    "ragged": ("ragged", WAITING + RAGGED.format("-1", "ELEMENT_COUNT", "ACCUMULATED_ELEMENT_COUNT_WITH_ZERO")),
+    "ragged_items": ("ragged", WAITING + RAGGED.format("-1, -1", "ACCUMULATED_ELEMENT_COUNT", "ITEM_SHAPE_FLATTEN")),
     "items": ("items", ITEMS),
     "large": ("large", ONE_INSTANCE + "max_batch_size: 32"),
     "small": ("double_lite", ONE_INSTANCE + "max_batch_size: 32"),
@@ -142,9 +138,7 @@ def together(models, name, requests):
         rows, runs = counted()
         rows += sum(len(next(iter(inputs.values()))) for inputs in requests)
         answers = list(pool.map(attempt, requests))
-        deadline = time.monotonic() + 10  # Triton counts a run after it has sent the answers.
-        while counted()[0] < rows and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: counted()[0] >= rows)  # Triton counts a run after it has sent the answers.
         assert counted() == (rows, runs + 1)
     return answers
 
@@ -360,9 +354,9 @@ def test_twin_keeps_its_weights_once_whatever_batches_come(models):
         batch = np.zeros((rows, LARGE), np.float32)
         assert ask(models, "large", {"x": batch})["y"].shape == batch.shape
     weights = 4 * LARGE**2
-    assert stub_memory("large") - stub_memory("small") <= 2.5 * weights
+    large, small = (resident_bytes(stub(models, name)) for name in ("large", "small"))
+    assert large - small <= 2.5 * weights
 
 
-def stub_memory(name):
-    """Return the resident bytes of the process that runs instance 0 of the model."""
-    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", (stub(name) / "status").read_text())[1])
+def resident_bytes(process):
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", (process / "status").read_text())[1])

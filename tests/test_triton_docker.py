@@ -8,10 +8,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
+import uuid
 
 import pytest
-from conftest import NEWEST, read_terminal
+from conftest import NEWEST, PATIENCE, await_nothing, read_terminal, wait_for
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, TRITON_GRPC_PORT, TRITON_HTTP_PORT, TRITON_METRICS_PORT
 
@@ -45,7 +45,8 @@ class Machine:
     def add(self, program, answers=()):
         """Put a program on PATH that records its arguments, and runs the shell code of the first pattern they match."""
         cases = "".join(f"  {pattern.replace(' ', '?')}) {code} ;;\n" for pattern, code in dict(answers).items())
-        record = f'{{ printf "%q " {program} "$@"; echo; }} >>"{self.folder}/{program}.txt"'
+        # A line in one write, for programs that run at the same time.
+        record = f'printf -v line "%q " {program} "$@"; echo "$line" >>"{self.folder}/{program}.txt"'
         (self.bin / program).write_text(f'#!/usr/bin/env bash\n{record}\ncase "$*" in\n{cases}esac\n')
         (self.bin / program).chmod(0o755)
 
@@ -60,7 +61,12 @@ class Machine:
     def run(self, device, *arguments, **variables):
         command = [SCRIPTS[device], *arguments]
         return subprocess.run(
-            command, env=self.environment(**variables), cwd=self.folder, capture_output=True, text=True, timeout=60
+            command,
+            env=self.environment(**variables),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
 
     def serve(self, device="cpu", *arguments):
@@ -374,12 +380,10 @@ def test_detach_tells_when_triton_ends(docker):
 def test_ctrl_c_while_waiting_stops_the_container(docker):
     detached(docker, "exec sleep 60", "exit 7")
     command = [SCRIPTS["cpu"], "--detach", "--listen", OTHER_HOST, "--model-repository", docker.repository]
-    process = subprocess.Popen(command, env=docker.environment(), start_new_session=True)
-    deadline = time.monotonic() + 30
-    while not docker.calls("curl") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    mark = f"mark={uuid.uuid4()}"
+    process = subprocess.Popen(command, env=docker.environment(TRITON_TEST=mark), start_new_session=True)
+    wait_for(lambda: docker.calls("curl"))
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(PATIENCE) == 130
     assert ["docker", "stop", "triton_mnist"] in docker.calls()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert await_nothing(mark) == {}

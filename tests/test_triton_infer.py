@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import grpc
 import numpy as np
 import pytest
-from conftest import free_ports, require, require_ipv6
+from conftest import PATIENCE, free_ports, require, require_ipv6
 from google.protobuf import json_format
 from tritonclient import grpc as grpcclient
 from tritonclient import http as httpclient
@@ -29,6 +29,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE, open_image, preprocess
 
 triton_infer = importlib.import_module("triton-infer")
+
+LONG = f"--timeout={PATIENCE}"  # For what shall be answered, on a busy machine as well.
+over = threading.Event()  # So that a server which is silent stays so until a test is.
 
 
 @pytest.fixture
@@ -48,7 +51,8 @@ def run(capsys):
 @pytest.fixture
 def ask(run, triton):
     """Run it against the real server; a later option wins."""
-    return lambda *options: run(f"--http-url={triton.http_url}", f"--grpc-url={triton.grpc_url}", *options)
+    addresses = f"--http-url={triton.http_url}", f"--grpc-url={triton.grpc_url}"
+    return lambda *options: run(*addresses, LONG, *options)
 
 
 def is_sentence(status, out, err):
@@ -137,16 +141,11 @@ def test_server_is_away(ask, service):
     assert out.count("\n") == ["http", "grpc"].index(service)
 
 
-@pytest.mark.parametrize("service", ["http", "grpc"])
-def test_server_that_never_answers(ask, service):
+@pytest.mark.parametrize("client_module", [httpclient, grpcclient], ids=["http", "grpc"])
+def test_server_that_never_answers(client_module):
     with socket.create_server((HOST, 0)) as listener:
         url = f"{HOST}:{listener.getsockname()[1]}"
-        start = time.monotonic()
-        status, _, err = ask(f"--{service}-url={url}", "--timeout=1")
-        assert time.monotonic() - start < 10
-    assert (status, err.count("\n")) == (1, 1)
-    assert err.startswith("triton-infer.py: ")
-    assert url in err
+        assert url in refused(client_module, url)
 
 
 GARBAGE = {
@@ -184,7 +183,7 @@ def test_server_that_is_no_triton(ask, service, kind):
         thread.start()
         try:
             url = f"{HOST}:{server.server_port}"
-            status, _, err = ask(f"--{service}-url={url}", "--timeout=5")
+            status, _, err = ask(f"--{service}-url={url}")
         finally:
             server.shutdown()
             thread.join()
@@ -200,7 +199,7 @@ METADATA = {
 }
 PROBABILITIES = [0.01] * 7 + [0.91] + [0.01] * 2
 FLOATS = np.float32(PROBABILITIES).tobytes()
-SILENCE_SECONDS = 6  # Longer than any client here waits, on a busy machine as well.
+SILENCE_SECONDS = 50  # Longer than any client here waits, and less than the 60 s after which the HTTP client gives up.
 
 
 def reply(body, status="200 OK", length=None, **headers):
@@ -232,7 +231,7 @@ def classes(*texts):
 
 def silence():
     yield b""
-    time.sleep(SILENCE_SECONDS)
+    over.wait(SILENCE_SECONDS)
 
 
 def drip():
@@ -370,18 +369,20 @@ def fake_http(metadata, answer=b"", host=HOST):
         daemon_threads, block_on_close = True, False
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
+    over.clear()
     with Server((host, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
             yield f"[{host}]:{server.server_address[1]}" if ":" in host else f"{host}:{server.server_address[1]}"
         finally:
+            over.set()
             server.shutdown()
             thread.join()
 
 
 def refused(client_module, url, timeout=1, top=None):
-    """Ask with a blank picture; returns the sentence, which must come in time."""
+    """Ask with a blank picture; returns the sentence, for which nobody may wait as long as a server is silent."""
     start = time.monotonic()
     with pytest.raises(triton_infer.ServerError) as error:
         triton_infer.ask(client_module, url, MODEL_NAME, np.zeros((1, 28, 28, 1), np.float32), timeout, top)
@@ -392,7 +393,7 @@ def refused(client_module, url, timeout=1, top=None):
 def test_model_of_another_shape(run):
     inputs = [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}]
     with fake_http(reply(METADATA | {"name": "double", "inputs": inputs})) as url:
-        status, out, err = run(f"--http-url={url}", "--model-name=double")
+        status, out, err = run(f"--http-url={url}", "--model-name=double", LONG)
     assert is_sentence(status, out, err), err
     assert "the inputs of double are x FP32 [-1, 2], not input_1 FP32 [-1, 28, 28, 1]" in err
 
@@ -419,7 +420,7 @@ def test_http_server_with_bad_classes(kind):
 def test_http_server_with_good_answer(answer, top):  # So that what refused() sees is the fault that is meant.
     with fake_http(GOOD, answer) as url:
         batch = np.zeros((1, 28, 28, 1), np.float32)
-        (found,) = triton_infer.ask(httpclient, url, MODEL_NAME, batch, 5, top)
+        (found,) = triton_infer.ask(httpclient, url, MODEL_NAME, batch, PATIENCE, top)
     assert (triton_infer.best(found) == "7 (91.00%), 1 (1.00%)") if top else found.argmax() == 7
 
 
@@ -446,10 +447,12 @@ def fake_grpc(change=lambda *_: None, host=HOST, seconds=0):
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(FakeTriton(change, seconds), server)
     address = f"[{host}]" if ":" in host else host
     port = server.add_insecure_port(f"{address}:0")
+    over.clear()
     server.start()
     try:
         yield f"{address}:{port}"
     finally:
+        over.set()
         server.stop(None).wait()
 
 
@@ -487,7 +490,7 @@ BAD_GRPC_ANSWERS = {
     "BYTES": raw(FLOATS, datatype="BYTES"),
     "unknown datatype": raw(FLOATS, datatype="FP31"),
     "failure": abort,
-    "silence": lambda response, context: time.sleep(SILENCE_SECONDS),
+    "silence": lambda response, context: list(silence()),
 }
 
 
@@ -501,16 +504,16 @@ def test_grpc_server_with_bad_answer(kind):
 def fake_triton(host=HOST):
     """Serve right answers by both protocols; gives the options that name them."""
     with fake_http(GOOD, output(), host) as http_url, fake_grpc(host=host) as grpc_url:
-        yield f"--http-url={http_url}", f"--grpc-url={grpc_url}"
+        yield f"--http-url={http_url}", f"--grpc-url={grpc_url}", LONG
 
 
 TWO_LINES = "HTTP Service | Prediction: 7\ngRPC Service | Prediction: 7\n"
 
 
-def script(*options, **pipes):
-    """Start the script itself."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | pipes
-    return subprocess.Popen([sys.executable, ROOT / "triton-infer.py", *options], **pipes)
+def script(*options, before=(), stdout=subprocess.PIPE):
+    """Start the script itself, by the command `before` if there is one."""
+    command = [*before, sys.executable, ROOT / "triton-infer.py", *options]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def test_time_limit_is_for_both_calls_together():
@@ -553,15 +556,14 @@ def test_ctrl_c_is_one_line(service):
 
     def wait(*_):
         asked.set()
-        yield b""
-        time.sleep(3)
+        yield from silence()
 
     with fake_triton() as options, fake_http(wait) as http_url, fake_grpc(lambda *_: list(wait())) as grpc_url:
         silent = f"--http-url={http_url}" if service == "http" else f"--grpc-url={grpc_url}"
         with script(*options, silent) as process:
-            assert asked.wait(60)
+            assert asked.wait(PATIENCE)
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=10)
+            out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (130, "triton-infer.py: stopped\n")
     assert out == ("" if service == "http" else "HTTP Service | Prediction: 7\n")
 
@@ -569,8 +571,9 @@ def test_ctrl_c_is_one_line(service):
 @pytest.mark.parametrize("how", ["full", "closed", "gone"])
 def test_answer_that_cannot_be_written_is_one_sentence(how):
     with fake_triton() as options, open("/dev/full", "w") as full:
-        pipes = {"full": {"stdout": full}, "closed": {"preexec_fn": lambda: os.close(1)}, "gone": {}}[how]
-        with script(*options, **pipes) as process:
+        closed = ["sh", "-c", 'exec "$0" "$@" >&-']
+        how_to_start = {"full": {"stdout": full}, "closed": {"before": closed}, "gone": {}}[how]
+        with script(*options, **how_to_start) as process:
             if how == "gone":
                 process.stdout.close()
             err = process.stderr.read()
@@ -595,7 +598,7 @@ def test_top_names_the_best(ask, run):
 
 def test_top_prints_the_label(run):
     with fake_http(GOOD, classes("0.91:7:sieben ü".encode(), b"0.01:1", b"0.0:2:")) as url:
-        _, out, _ = run(f"--http-url={url}", "--top=3")
+        _, out, _ = run(f"--http-url={url}", f"--grpc-url={HOST}:{free_ports(1)[0]}", "--top=3", LONG)
     assert out == "HTTP Service | Prediction: sieben ü (91.00%), 1 (1.00%), 2 (0.00%)\n"
 
 
@@ -614,7 +617,7 @@ def test_show_prints_what_the_model_sees(run):
 
 def test_sentence_is_one_line_whatever_the_server_says(run):
     with fake_http(GOOD, output()) as http_url, fake_grpc(abort) as grpc_url:
-        status, out, err = run(f"--http-url={http_url}", f"--grpc-url={grpc_url}")
+        status, out, err = run(f"--http-url={http_url}", f"--grpc-url={grpc_url}", LONG)
     assert (status, out) == (1, "HTTP Service | Prediction: 7\n")
     assert err == f"triton-infer.py: Triton at {grpc_url} did not answer: it is\n"
 
@@ -629,7 +632,7 @@ def test_line_that_is_no_http(ask):
     with socket.create_server((HOST, 0)) as listener:
         thread = threading.Thread(target=answer)
         thread.start()
-        status, out, err = ask(f"--http-url={HOST}:{listener.getsockname()[1]}", "--timeout=5")
+        status, out, err = ask(f"--http-url={HOST}:{listener.getsockname()[1]}")
         thread.join()
     assert is_sentence(status, out, err), err
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import children, flask_server, start_triton, stop_triton
+from conftest import PATIENT, children, flask_server, start_triton, stop_triton, wait_for
 from PIL import Image
 from serving import HEADER_SECONDS
 from tritonclient import grpc
@@ -107,6 +107,11 @@ def clients(servers, count):
             thread.join()
 
 
+def total(outcomes):
+    """Return the outcomes of all clients, which may go on, by the server's name."""
+    return {name: sum((counter.copy() for counter in counters), Counter()) for name, counters in outcomes.items()}
+
+
 def asker(name, server):
     return partial({"Flask": ask_flask, "Triton": ask_triton}[name], server)
 
@@ -116,7 +121,7 @@ def served(trained_repository, tmp_path):
     """A model directory of the test's own, and both servers, which look there for new versions."""
     repository = tmp_path / "repository"
     shutil.copytree(trained_repository, repository)
-    polling = ("--model-control-mode=poll", "--repository-poll-secs=1", "--disable-auto-complete-config")
+    polling = ("--model-control-mode=poll", "--repository-poll-secs=1", "--disable-auto-complete-config", PATIENT)
     triton = start_triton(tmp_path / "triton.log", f"--model-repository={repository}", *polling)
     try:
         with flask_server(tmp_path / "flask.log", repository) as flask:
@@ -153,17 +158,18 @@ def test_five_trainings(served):
             began = time.monotonic()
             for name, server in servers.items():
                 with asker(name, server)() as ask:
-                    while ask("digit")[0] != str(number):
-                        assert time.monotonic() - began < 60
-                        time.sleep(0.1)
+                    wait_for(lambda ask=ask, newest=str(number): ask("digit")[0] == newest)
                 print(f"{name} serves version {number} after {time.monotonic() - began:.1f} s")
-        time.sleep(3)  # Until all of the Flask server's workers have looked.
-        before = {name: [counter.copy() for counter in counters] for name, counters in outcomes.items()}
-        time.sleep(3)
-    for name, counters in outcomes.items():
-        answers = sum(counters, Counter())
+
+        def answer_by_newest():
+            """Tell whether only the newest version answers for a second, from both servers and all their processes."""
+            before = total(outcomes)
+            time.sleep(1)
+            return all({outcome[1] for outcome in now - before[name]} == {"6"} for name, now in total(outcomes).items())
+
+        wait_for(answer_by_newest)
+    for name, answers in total(outcomes).items():
         print(name, dict(check(answers, model_directory)))
-        assert check(answers - sum(before[name], Counter()), model_directory).keys() == {"6"}
 
 
 def test_soak(served):
@@ -179,8 +185,8 @@ def test_soak(served):
             answers = {name: sum(counter.total() for counter in outcomes[name]) for name in outcomes}
             print(f"{len(memory) + 1:3} answers {answers}, memory in MB by process {now}", flush=True)
             memory.append({name: sum(processes.values()) for name, processes in now.items()})
-    for counters in outcomes.values():
-        assert check(sum(counters, Counter()), model_directory).keys() == {"1"}
+    for answers in total(outcomes).values():
+        assert check(answers, model_directory).keys() == {"1"}
     if SOAK_MINUTES >= 2:  # Else there has been no first minute.
         for name in servers:
             assert max(look[name] for look in memory) <= 1.05 * memory[0][name]
