@@ -67,8 +67,9 @@ class TensorSpec(NamedTuple):
 
 def versions(model_directory) -> list[int]:
     """Return the version numbers in a model's directory, oldest first. Triton's rule: digits, no leading zero."""
-    directory = Path(model_directory)
-    names = [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.is_dir() else []
+    names = []
+    with suppress(FileNotFoundError, NotADirectoryError):  # Which it may become while a server watches it.
+        names = [entry.name for entry in Path(model_directory).iterdir() if entry.is_dir()]
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name[0] != "0")
 
 

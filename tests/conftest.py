@@ -147,7 +147,7 @@ def children(pid):
     found = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # It ended meanwhile.
-            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
+            if int(status.read_text(errors="replace").rpartition(")")[2].split()[1]) == pid:
                 found[int(status.parent.name)] = (status.parent / "cmdline").read_text().split("\0")
     return found
 

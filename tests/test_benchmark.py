@@ -29,36 +29,48 @@ def benchmark(*options):
     return subprocess.run([sys.executable, BENCHMARK, *options], capture_output=True, text=True)
 
 
-def test_a_short_run_measures_both_servers_and_their_floors(h2load, trained_repository, tmp_path):
-    picture = tmp_path / "benchmark.png"
-    options = ("--clients", "1", "4", "--seconds=1", "--rounds=1", "--floor", "--photo", "--picture", picture)
-    result = benchmark(*options, "--model-repository", trained_repository)
+def measured(*options):
+    """Return what a run of one round prints, and its rows (rate, p50, p99, errors, of floor) by (way, clients)."""
+    result = benchmark("--rounds=1", *options)
     assert result.returncode == 0, result.stderr
-
     assert max(map(len, result.stdout.splitlines())) <= 80
     rows = {(row[0], int(row[1])): row[2:] for row in ROW.findall(result.stdout)}
-    ways = ("Flask", "Flask, photo", "Triton HTTP", "Triton gRPC")
-    constants = [f"{way}, constant" for way in ways]
-    assert rows.keys() == {(name, clients) for name in (*ways, *constants) for clients in (1, 4)}
-    for (name, clients), (rate, p50, p99, errors, of_floor) in rows.items():
+    for (_, clients), (rate, p50, p99, errors, _) in rows.items():
         assert 0 < float(p50) <= float(p99) and errors == "0"
         # So many clients, each of which waits for its answer: Little's law. Half of it, as a median is not a mean.
         assert float(p50) / 1000 * int(rate) < 2 * clients
-        if "photo" in name:
-            assert bool(of_floor) == (name in ways)  # A photo takes so long that a rate has no digits to compare.
-        elif name in ways:
+    return result.stdout, rows
+
+
+def test_a_short_run_measures_both_servers_and_their_floors(h2load, trained_repository, tmp_path):
+    picture = tmp_path / "benchmark.png"
+    options = ("--clients", "1", "4", "--seconds=1", "--floor", "--picture", picture)
+    printed, rows = measured(*options, "--model-repository", trained_repository)
+    ways = ("Flask", "Triton HTTP", "Triton gRPC")
+    constants = [f"{way}, constant" for way in ways]
+    assert rows.keys() == {(name, clients) for name in (*ways, *constants) for clients in (1, 4)}
+    for (name, clients), (rate, *_, of_floor) in rows.items():
+        if name in ways:
             floor = int(rows[f"{name}, constant", clients][0])
             assert float(of_floor) == pytest.approx(int(rate) / floor, rel=0.1, abs=0.02)
         else:
             assert of_floor == ""
 
-    servers = {row[0]: row[1:] for row in MEMORY_ROW.findall(result.stdout)}
+    servers = {row[0]: row[1:] for row in MEMORY_ROW.findall(printed)}
     assert servers.keys() == {"Flask", "Triton", "Flask, constant", "Triton, constant"}
     assert all(
         float(ready) > 0 and int(processes) >= 2 and int(size) > 0 for ready, processes, size in servers.values()
     )
     with Image.open(picture) as image:
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 10
+
+
+def test_photos_are_measured_too(h2load, trained_repository, tmp_path):
+    # Long enough for the first photo, which takes a while.
+    options = ("--clients=4", "--seconds=3", "--photo", "--floor", "--picture", tmp_path / "benchmark.png")
+    _, rows = measured(*options, "--model-repository", trained_repository)
+    for name in ("Flask", "Flask, photo", "Triton HTTP", "Triton gRPC"):
+        assert rows[name, 4][-1] and not rows[f"{name}, constant", 4][-1]
 
 
 def test_requests_that_grpc_fails_are_counted(h2load, monkeypatch, tmp_path):

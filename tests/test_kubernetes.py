@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import server
 import yaml
-from conftest import require, start_triton, stop_triton
+from conftest import PATIENCE, require, start_triton, stop_triton
 from kubernetes_validate.utils import all_versions
 from tritonclient import grpc
 
@@ -269,10 +269,10 @@ def test_triton_takes_the_arguments_and_has_the_paths_and_metrics(render, traine
             picture = grpc.InferInput(INPUT_NAME, [1, *IMAGE_SHAPE], "FP32")
             client.infer(MODEL_NAME, [picture.set_data_from_numpy(np.zeros((1, *IMAGE_SHAPE), np.float32))])
         path = triton["startupProbe"]["httpGet"]["path"]
-        assert urllib.request.urlopen(f"http://{served.http_url}{path}", timeout=10).status == 200
+        assert urllib.request.urlopen(f"http://{served.http_url}{path}", timeout=PATIENCE).status == 200
         metrics_port = argument(map(str, served.process.args), "metrics-port")
         scrape = pod(render("cpu"), "triton")["metadata"]["annotations"]["prometheus.io/path"]
-        metrics = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}{scrape}", timeout=10).read().decode()
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}{scrape}", timeout=PATIENCE).read().decode()
     finally:
         stop_triton(served)
     adapter = yaml.safe_load((FOLDER / "gpu" / "prometheus-adapter.yaml").read_text())

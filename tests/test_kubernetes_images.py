@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import test_docker_engine
 import yaml
-from conftest import free_ports, wait_until_ok
+from conftest import PATIENCE, free_ports, wait_until_ok
 from test_docker_engine import NVIDIA_IMAGE, docker
 
 from mnist_preprocess import HOST, MODEL_NAME, ROOT, SAMPLE_IMAGE
@@ -103,10 +103,10 @@ def ports(images):
 def test_flask_answers_through_triton(ports):
     flask = manifest("flask")[1]
     for path in (flask["startupProbe"]["httpGet"]["path"], "/metrics"):
-        assert urllib.request.urlopen(f"http://{HOST}:{ports[1]}{path}", timeout=10).status == 200
+        assert urllib.request.urlopen(f"http://{HOST}:{ports[1]}{path}", timeout=PATIENCE).status == 200
     url = f"http://{HOST}:{ports[1]}/mnist_infer"
     request = urllib.request.Request(url, SAMPLE_IMAGE.read_bytes(), {"content-type": "image/png"})
-    assert json.load(urllib.request.urlopen(request, timeout=10)) == {"Prediction": "7"}
+    assert json.load(urllib.request.urlopen(request, timeout=PATIENCE)) == {"Prediction": "7"}
 
 
 def test_the_front_holds_no_runtime(images):
@@ -139,5 +139,5 @@ def test_the_probe_fails_when_one_stub_of_two_is_dead(ports):
     for _ in range(triton["livenessProbe"]["failureThreshold"]):
         assert docker(*probe).returncode == 1
     # What Triton says of itself.
-    ready = urllib.request.urlopen(f"http://{HOST}:{ports[0]}/v2/models/{MODEL_NAME}/ready", timeout=10)
+    ready = urllib.request.urlopen(f"http://{HOST}:{ports[0]}/v2/models/{MODEL_NAME}/ready", timeout=PATIENCE)
     assert ready.status == 200

@@ -81,7 +81,7 @@ class Pod:
 
     def answered(self):
         """Return how many requests it has answered."""
-        metrics = urllib.request.urlopen(f"http://{self.address}:{self.ports['metrics']}/metrics", timeout=10)
+        metrics = urllib.request.urlopen(f"http://{self.address}:{self.ports['metrics']}/metrics", timeout=PATIENCE)
         counters = re.findall(r"^nv_inference_request_success{.*} (\d+)", metrics.read().decode(), re.M)
         return sum(map(int, counters))
 

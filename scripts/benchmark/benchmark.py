@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -178,7 +178,10 @@ def stop(server):
 def memory(pid):
     """Return how many processes a server is, and their memory in MB; what they share counts once (PSS)."""
     own = int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1]) / 1024
-    children = " ".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    children = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # The thread has ended meanwhile.
+            children += file.read_text().split()
     return np.sum([(1, own), *map(memory, children)], axis=0)
 
 
