@@ -162,7 +162,7 @@ def marked(mark):
     return found
 
 
-def await_nothing(mark, seconds=30):
+def await_nothing(mark, seconds=60):
     """Return the processes marked `mark` that are there after so many seconds, or none as soon as all have ended."""
     deadline = time.monotonic() + seconds
     while (left := marked(mark)) and time.monotonic() < deadline:
@@ -408,7 +408,8 @@ class ModelServer(Triton):
                     raise
                 for pid, command in children(self.pid).items():
                     if f"/{name}/" in " ".join(command):
-                        os.kill(pid, signal.SIGKILL)
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
                 client.load_model(name)
         with self.http as client:
             return client.get_model_config(name)
