@@ -354,9 +354,10 @@ def test_twin_keeps_its_weights_once_whatever_batches_come(models):
         batch = np.zeros((rows, LARGE), np.float32)
         assert ask(models, "large", {"x": batch})["y"].shape == batch.shape
     weights = 4 * LARGE**2
-    large, small = (resident_bytes(stub(models, name)) for name in ("large", "small"))
-    assert large - small <= 2.5 * weights
+    large, small = (anonymous_bytes(stub(models, name)) for name in ("large", "small"))
+    # The file with the weights is mapped; how much of what is mapped is in memory, the kernel decides.
+    assert weights + large - small <= 2.5 * weights
 
 
-def resident_bytes(process):
-    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", (process / "status").read_text())[1])
+def anonymous_bytes(process):
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", (process / "status").read_text())[1])
