@@ -306,6 +306,10 @@ def flask_server(log, repository, *options, host=HOST, port=None, program=(SERVE
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the Flask server did not become ready:\n{log.read_text()}")
             time.sleep(0.05)
+        # One worker answers. A test may kill that one, or take away what others have still to load: all shall listen.
+        given = re.search(r"--workers=(\d+)", " ".join(map(str, options)))
+        workers = int(given[1]) if given else len(os.sched_getaffinity(0))
+        wait_for(lambda: listeners(server.port) == workers)
         yield server
     finally:
         process.terminate()
@@ -315,6 +319,12 @@ def flask_server(log, repository, *options, host=HOST, port=None, program=(SERVE
             process.kill()
             process.wait()
             raise
+
+
+def listeners(port):
+    """Return how many sockets listen on a port: one in each worker of the Flask server."""
+    state = re.compile(rf":{port:04X} 0+:0000 0A ")  # After the local address that of the client, none, and the state.
+    return sum(len(state.findall(table.read_text())) for table in Path("/proc/net").glob("tcp*"))
 
 
 def answers(server):
