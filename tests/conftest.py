@@ -162,7 +162,7 @@ def marked(mark):
     return found
 
 
-def await_nothing(mark, seconds=60):
+def await_nothing(mark, seconds=5):
     """Return the processes marked `mark` that are there after so many seconds, or none as soon as all have ended."""
     deadline = time.monotonic() + seconds
     while (left := marked(mark)) and time.monotonic() < deadline:

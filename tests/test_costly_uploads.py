@@ -169,11 +169,8 @@ UPLOADS = {
 @pytest.mark.parametrize("kind", UPLOADS)
 def test_an_upload_costs_little(kind):
     upload = UPLOADS[kind]()
-    for _ in range(3):  # What shares a processor with others takes longer at times; what is dear is dear each time.
-        child = subprocess.run([sys.executable, "-c", READ], input=upload, capture_output=True, cwd=ROOT, check=True)
-        said, seconds, megabytes = json.loads(child.stdout)
-        if seconds < SECONDS:
-            break
+    child = subprocess.run([sys.executable, "-c", READ], input=upload, capture_output=True, cwd=ROOT, check=True)
+    said, seconds, megabytes = json.loads(child.stdout)
     assert seconds < SECONDS and megabytes < MEGABYTES, f"{said}: {seconds:.1f} s, {megabytes:.0f} MB"
     assert said == "read" or said.startswith(("the ", "a ", "no digit "))
     print(f"{kind}: {len(upload) / 2**20:.1f} MiB, {seconds:.2f} s, {megabytes:.0f} MB: {said}")

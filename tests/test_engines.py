@@ -211,7 +211,7 @@ def test_triton_that_is_away_and_comes(trained_repository, tmp_path, monkeypatch
         assert ask(server) == (503, {"Error": sentence})
         triton = serve_triton(tmp_path, trained_repository, ports)
         try:
-            wait_for(lambda: ask(server)[1].get("ModelVersion") == "1")
+            wait_for(lambda: ask(server)[1].get("ModelVersion") == "1", seconds=10)
         finally:
             stop_triton(triton)
         assert ask(server)[0] == 503

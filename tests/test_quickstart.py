@@ -97,6 +97,6 @@ def test_stopped_at_any_moment_it_leaves_nothing(number, project):
         wait_until_caught(signal.SIGTERM, process.pid)
         time.sleep(5 * (moment + SIGNALS.index(number) / len(SIGNALS)) / MOMENTS)  # Between those of the others.
         os.killpg(process.pid, number)
-        process.communicate(timeout=PATIENCE)
+        process.communicate(timeout=60)
         assert process.returncode in (128 + number, -number)
-        assert await_nothing(mark) == {}
+        assert await_nothing(mark, 15 if number == signal.SIGKILL else 5) == {}

@@ -125,7 +125,7 @@ def test_litert_process_forks_stays_small_and_never_imports_tensorflow(trained):
     sums, imported, kibibytes = result.stdout.splitlines()
     assert [float(number) for number in sums.split()] == pytest.approx([1, 1], abs=1e-5)
     assert imported == "False"
-    assert int(kibibytes) < 200_000  # TensorFlow alone would take 350 MB.
+    assert int(kibibytes) < 100_000
 
 
 def random_rows(x):

@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
-from statistics import median
 
 import flask
 import jsonschema
@@ -452,12 +451,9 @@ def test_slow_clients_stop_nobody(server, sent):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
     with stalled_uploads(server, 1500, sent) as stalled:
-        seconds = []
-        for _ in range(20):
-            start = time.monotonic()
-            assert ask(server)[0] == 200
-            seconds.append(time.monotonic() - start)
-        assert median(seconds) < 1
+        start = time.monotonic()
+        assert [ask(server)[0] for _ in range(20)] == [200] * 20
+        assert time.monotonic() - start < 20
         if sent:  # Whoever goes on is answered too.
             stalled[0].sendall(form(SAMPLE)[50:])
             assert stalled[0].makefile("rb").readline().startswith(b"HTTP/1.1 200")
@@ -557,33 +553,33 @@ def test_access_log(trained_repository, tmp_path):
 
 
 def test_uploads_have_a_budget_together(server):
-    """Six times as many as it allows stall after 19 MiB each: nobody is told off, but those who come too late."""
+    """Four times as many as it allows stall after 19 MiB each: nobody is told off, but those who come too late."""
     most = form(bytes(19 * 2**20))
     head = f"{HEAD}Content-Length: {len(most)}\r\n\r\n".encode()
     before = memory(server)
     with ExitStack() as stack:
         # The kernel spreads them over the two workers, but not evenly.
-        for _ in range(2 * 6 * MAX_HELD // len(most)):
+        for _ in range(2 * 4 * MAX_HELD // len(most)):
             connection = stack.enter_context(socket.create_connection((HOST, server.port), timeout=60))
             with suppress(ConnectionError):
                 connection.sendall(head + most[:-1])
         # malloc keeps, for many of the threads, some of what an upload left behind as it grew or was dropped.
-        assert growth(server, before) < 4 * MAX_HELD / 1024
+        assert growth(server, before) < 3 * MAX_HELD / 1024
         assert 503 in {ask(server, body=most)[0] for _ in range(20)}
     wait_for(lambda: {ask(server)[0] for _ in range(20)} == {200})
 
 
 def test_answered_uploads_leave_memory(server):
     photo = form(bytes(19 * 2**20))
-    before = memory(server)
     connection = server.connect()
+    highest = []
     for _ in range(60):
         connection.request("POST", "/mnist_infer", photo, HEADERS)
         answer = connection.getresponse()
         assert answer.status == 400 and answer.read()
+        highest.append(max(memory(server).values()))
     connection.close()
-    # As much as 15 of them take, which malloc may keep for some threads; all 60 would take 1140 MiB.
-    assert growth(server, before) < 15 * len(photo) / 1024
+    assert highest[-1] < highest[2] + 30 * 1024
 
 
 def test_http_2_is_not_spoken(server):
@@ -608,7 +604,7 @@ def test_signal_while_it_starts(trained_repository, number, seconds):
         wait_for(lambda: holds_signals_back(process))  # Until then Python itself answers, with a traceback.
         time.sleep(seconds)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=30)
     assert "Traceback" not in output
     assert process.returncode in (0, -number)
     assert not list(Path("/dev/shm").glob(f"flask-{process.pid}-*"))
@@ -696,15 +692,14 @@ def is_gone(pid):
 def test_stopping_loses_no_request(stoppable, stop, stalled, reuse):
     workers = processes(stoppable)
 
-    # Its own limits of time. A busy machine adds to them, but a fault would have it wait for the stalled uploads' end.
-    assert serving.DRAIN_SECONDS + serving.CLOSE_SECONDS + serving.STOP_SECONDS < 12
-
     def act():
+        start = time.monotonic()
         if stop == "SIGTERM":
             stoppable.process.send_signal(signal.SIGTERM)
         else:
             os.killpg(stoppable.process.pid, signal.SIGINT)
         assert stoppable.process.wait(30) == 0
+        assert time.monotonic() - start < 12
 
     with stalled_uploads(stoppable, stalled):
         outcomes = under_load(stoppable, act, reuse)
@@ -792,5 +787,5 @@ def test_memory_does_not_grow(stoppable):
 
     workers = processes(stoppable)
     wait_for(lambda: not grows())
-    assert max(memory(stoppable).values()) < 200 * 1024  # TensorFlow alone would take 350 MB.
+    assert max(memory(stoppable).values()) < 100 * 1024
     assert processes(stoppable) == workers

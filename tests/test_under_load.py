@@ -158,7 +158,7 @@ def test_five_trainings(served):
             began = time.monotonic()
             for name, server in servers.items():
                 with asker(name, server)() as ask:
-                    wait_for(lambda ask=ask, newest=str(number): ask("digit")[0] == newest)
+                    wait_for(lambda ask=ask, newest=str(number): ask("digit")[0] == newest, seconds=60)
                 print(f"{name} serves version {number} after {time.monotonic() - began:.1f} s")
 
         def answer_by_newest():
